@@ -1,0 +1,327 @@
+"""Photographs and their masks.
+
+    python data.py hands/            draw the toy set: 240 photos of hands over desks
+    python data.py --check FOLDER    count, measure and list every problem found
+
+A folder of your own holds photographs and, under the same names, masks:
+
+    images/NAME.jpg  masks/NAME.png  train.txt val.txt test.txt    the lists name one NAME a line
+    train/images/  train/masks/  val/...  test/...                 or a folder for each split
+    images/  masks/                                                or neither: split 70/15/15 by a fixed seed
+
+A mask is 0 and 1, or 0 and 255, or class ids 0, 1, 2, ... with 255 for void: pixels that neither train nor count. DRIVE is
+read as it is published: training/ and test/ with images/, 1st_manual/ and mask/, void outside the field of view.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # ImageNet's, by custom
+VOID = 255
+ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SPLITS = ("train", "val", "test")
+
+# ---------------------------------------------------------------- one file
+
+
+def open_picture(path):
+    """The picture, upright: cameras store it as it fell and note in EXIF how to turn it."""
+    try:
+        return ImageOps.exif_transpose(Image.open(path))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error}); save it anew as JPEG or PNG") from None
+
+
+def read_photo(path):
+    """Any photograph as RGB: grey, palette, transparent, 16-bit."""
+    photo = open_picture(path)
+    if photo.mode == "F":
+        raise ValueError(f"{path}: holds floating-point values of unknown range; save it with 8 or 16 bits")
+    if photo.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip at 255, not scale
+        photo = Image.fromarray((np.asarray(photo).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
+    return photo.convert("RGBA" if photo.mode == "P" else "RGB").convert("RGB")
+
+
+def read_labels(path):
+    """The numbers stored in a mask, (H, W). Of a palette only the indices count, its colours are for looking at."""
+    mask = open_picture(path)
+    if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
+        return np.asarray(mask).astype(np.int32)
+    bands = np.asarray(mask.convert("RGBA")).astype(np.int32)
+    if (bands[..., :3] != bands[..., :1]).any() or (bands[..., 3] != bands[0, 0, 3]).any():
+        some = [tuple(map(int, c)) for c in np.unique(bands[:: len(bands) // 64 + 1].reshape(-1, 4), axis=0)[:4, :3]]
+        raise ValueError(
+            f"{path}: holds colours ({', '.join(map(str, some))}, ...) or transparency; a mask holds one number a pixel, "
+            'saved as greyscale PNG. See "Your own photos" in README.md'
+        )
+    return bands[..., 0]
+
+
+# ---------------------------------------------------------------- one folder
+
+
+@dataclass
+class Survey:
+    """What a folder holds: {split: [(name, photo, mask, field of view or None)]}, and whatever is wrong with it."""
+
+    layout: str
+    pairs: dict = field(default_factory=dict)
+    problems: list = field(default_factory=list)
+    classes: int = 2
+    white: bool = False  # masks are 0 and 255, and 255 is class 1
+    sizes: dict = field(default_factory=dict)  # {photo: (width, height)}
+    pixels: dict = field(default_factory=dict)  # {mask: how many pixels hold 0, 1, 2, ...}
+
+
+def by_stem(folder, problems):
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
+            if path.stem in found:
+                problems.append(f"{path}: has the name of {found[path.stem].name}; two files may not share a name")
+            found[path.stem] = path
+    return found
+
+
+def pair_up(folder, names, problems):
+    """Match folder/images and folder/masks by name; `names` are the wanted ones, or None for all."""
+    images, masks = by_stem(folder / "images", problems), by_stem(folder / "masks", problems)
+    pairs = []
+    for name in sorted(images.keys() | masks.keys()) if names is None else names:
+        stem = name if name in images or name in masks or Path(name).suffix.lower() not in ENDINGS else Path(name).stem
+        missing = [kind for kind, files in (("images", images), ("masks", masks)) if stem not in files]
+        if missing:
+            wanted = " and ".join(f"{folder / kind}/{stem}.*" for kind in missing)
+            problems.append(f"{wanted}: missing; every photo needs a mask of the same name, and every mask its photo")
+        else:
+            pairs.append((stem, images[stem], masks[stem], None))
+    return pairs
+
+
+def find_pairs(root):
+    """Recognise the layout by looking, and pair photos with masks. Broken pairs become problems, not exceptions."""
+    lists, folders = [root / f"{s}.txt" for s in SPLITS], [root / s for s in SPLITS]
+    if not root.is_dir():
+        raise ValueError(f"{root}: is no folder; `python data.py {root}` would draw the toy set there")
+    if (root / "training" / "1st_manual").is_dir():
+        found = Survey("DRIVE, the last 4 training images for validation")
+        both = []
+        for part in "training", "test":
+            kinds = [by_stem(root / part / kind, found.problems) for kind in ("images", "1st_manual", "mask")]
+            both.append([])
+            for name in kinds[0]:
+                files = [kinds[0][name], kinds[1].get(f"{name[:2]}_manual1"), kinds[2].get(f"{name}_mask")]
+                if None in files:
+                    found.problems.append(f"{files[0]}: has no vessels in 1st_manual/ or no field of view in mask/")
+                else:
+                    both[-1].append((name, *files))
+        found.pairs = {"train": both[0][:-4], "val": both[0][-4:], "test": both[1]}
+    elif (root / "images").is_dir() and (root / "masks").is_dir():
+        if any(path.exists() for path in lists):
+            found, seen = Survey("train.txt, val.txt, test.txt"), {}
+            for split, path in zip(SPLITS, lists):
+                if not path.exists():
+                    found.problems.append(f"{path}: missing; write all three lists, or none for a seeded split")
+                    continue
+                names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+                for name in names:
+                    if name in seen:
+                        found.problems.append(f"{path}: names {name}, which {seen[name].name} has already; once is enough")
+                    seen[name] = path
+                found.pairs[split] = pair_up(root, names, found.problems)
+        else:
+            found = Survey("seeded split 70/15/15, seed 0")
+            pairs = pair_up(root, None, found.problems)
+            order, held = np.random.default_rng(0).permutation(len(pairs)), max(1, round(0.15 * len(pairs)))
+            parts = order[2 * held :], order[:held], order[held : 2 * held]
+            found.pairs = {split: [pairs[i] for i in sorted(part)] for split, part in zip(SPLITS, parts)}
+    elif all((folder / kind).is_dir() for folder in folders for kind in ("images", "masks")):
+        found = Survey("train/, val/, test/")
+        found.pairs = {folder.name: pair_up(folder, None, found.problems) for folder in folders}
+    else:
+        here = ", ".join(sorted(p.name + "/" * p.is_dir() for p in root.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"{root}: holds {here}; wanted images/ and masks/, or train/ val/ test/ with images/ and masks/ in each, "
+            "or DRIVE's training/ and test/"
+        )
+    found.problems += [f"{root}: has no photos for {split}; wanted at least one" for split in SPLITS if not found.pairs.get(split)]
+    return found
+
+
+@lru_cache(maxsize=8)  # the three splits of a folder are opened one after the other
+def survey(root, void=VOID):
+    """Open every mask and the head of every photo, so that a bad file is known before training, not in its third hour."""
+    found = find_pairs(Path(root))
+    for _, photo, mask, _ in (pair for pairs in found.pairs.values() for pair in pairs):
+        try:
+            with Image.open(photo) as head:
+                turned = head.getexif().get(0x0112, 1) >= 5
+                found.sizes[photo] = size = head.size[::-1] if turned else head.size
+            labels = read_labels(mask)
+            if labels.shape[::-1] != size:
+                w, h = labels.shape[::-1]
+                found.problems.append(f"{mask}: is {w}x{h}, its photo is {size[0]}x{size[1]}; they must match pixel by pixel")
+            if labels.min() < 0 or labels.max() > 255:
+                found.problems.append(f"{mask}: holds values from {labels.min()} to {labels.max()}; wanted 0 to 255")
+                continue
+            found.pixels[mask] = np.bincount(labels.ravel(), minlength=256)
+        except ValueError as error:
+            found.problems.append(str(error))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            found.problems.append(f"{photo}: cannot be read as a picture ({error}); save it anew as JPEG or PNG")
+    held = {mask: set(np.flatnonzero(count).tolist()) for mask, count in found.pixels.items()}
+    union = set().union(*held.values())
+    found.white = union == {0, 255} and void == VOID
+    ids = {0, 1} if found.white else union - {void, VOID}
+    found.classes = next(k for k in range(202) if k not in ids or k == 201)  # 201 to 254: noise around white, not class ids
+    for mask, values in held.items():
+        odd = ids & values - set(range(found.classes))
+        if odd:
+            shown = ", ".join(map(str, sorted(values)[:5])) + (", ..." if len(values) > 5 else "")
+            found.problems.append(
+                f"{mask}: holds the values [{shown}]; a mask is 0 and 1, or 0 and 255, or class ids without gaps and {VOID} for "
+                f"void. Noise around 0 and 255 comes from JPEG: save masks as PNG. See \"Your own photos\" in README.md"
+            )
+    with_one, with_white = ({m for m, values in held.items() if v in values} for v in (1, VOID))
+    if found.classes == 2 and not found.white and with_one and with_white and not with_one & with_white:
+        odd = min(with_white)
+        found.problems.append(f"{odd}: is 0 and 255, {min(with_one)} is 0 and 1; use one of the two in all masks")
+    if found.classes < 2 and not found.problems:
+        found.problems.append(f"{root}: every mask holds {sorted(union)} alone; there is nothing to learn")
+    return found
+
+
+# ---------------------------------------------------------------- the dataset
+
+
+class Photos(torch.utils.data.Dataset):
+    """Pairs of image float32 (3, H, W), normalised, and mask int64 (H, W), classes 0..K-1 and 255 for void.
+
+    size       the short side after resizing; None leaves photos as they are
+    crop       side of the square pieces that augmentation cuts; by default the short side after resizing
+    rotate     largest turn that augmentation makes, degrees either way: 180 where a picture has no up
+    repeat     how often an epoch shows each photo
+    """
+
+    def __init__(self, found, split, size, augment, crop, rotate, void, seed):
+        self.pairs, self.layout, self.classes, self.white, self.void = found.pairs[split], found.layout, found.classes, found.white, void
+        self.size, self.augment, self.rotate, self.seed = size, augment, rotate, seed
+        sides = sorted(min(found.sizes[photo]) for _, photo, _, _ in self.pairs)
+        self.typical = sides[len(sides) // 2]  # short side of the median photo
+        self.crop = crop or size or self.typical
+        self.repeat, self.epoch, self.cache = 1, 0, {}
+
+    def __len__(self):
+        return len(self.pairs) * self.repeat
+
+    def read(self, i):
+        """The photo and the mask, both as pictures."""
+        _, photo, mask, fov = self.pairs[i]
+        image, labels = read_photo(photo), read_labels(mask)
+        labels = labels == 255 if self.white else np.where(labels == self.void, VOID, labels)
+        if fov:
+            labels = np.where(np.asarray(open_picture(fov).convert("L")) > 127, labels, VOID)
+        labels = Image.fromarray(labels.astype(np.uint8))
+        if self.size:
+            scale = self.size / min(image.size)
+            shape = [max(1, round(side * scale)) for side in image.size]
+            image, labels = image.resize(shape, Image.BILINEAR), labels.resize(shape, Image.NEAREST)  # Pillow antialiases
+        return image, labels
+
+    def __getitem__(self, k):
+        if not 0 <= k < len(self):
+            raise IndexError(k)  # which is also what ends `for image, mask in dataset`
+        i = k % len(self.pairs)
+        if self.augment:
+            if i not in self.cache:
+                self.cache[i] = self.read(i)
+            # seeded by what is asked for, not by what came before: neither workers nor resuming change a crop
+            rng = np.random.default_rng([self.seed, self.epoch, k])
+            image, mask = augment(*self.cache[i], self.crop, self.rotate, rng)
+        else:
+            image, mask = self.read(i)
+        return normalise(image), torch.from_numpy(np.array(mask, np.int64))
+
+
+def augment(image, mask, crop, rotate, rng):
+    """Flip, scale, turn and cut out of both pictures by one map, and change the light of the photo. Outside is void."""
+    angle, scale = np.radians(rng.uniform(-rotate, rotate)), np.exp(rng.uniform(np.log(0.75), np.log(1.5)))
+    flip, (w, h) = rng.choice([-1, 1]), image.size
+    reach = crop / scale / 2  # half of the piece, in pixels of the photo
+    cx, cy = (rng.uniform(min(reach, side / 2), max(side - reach, side / 2)) for side in (w, h))
+    cos, sin, mid = np.cos(angle) / scale, np.sin(angle) / scale, crop / 2
+    a, b, d, e = flip * cos, -sin, flip * sin, cos  # output (u, v), from its middle -> photo (x, y), from (cx, cy)
+    how = (a, b, cx - (a + b) * mid, d, e, cy - (d + e) * mid)
+    grey = tuple(int(255 * m) for m in MEAN)  # zero after normalisation
+    image = image.transform((crop, crop), Image.AFFINE, how, Image.BILINEAR, fillcolor=grey)
+    mask = mask.transform((crop, crop), Image.AFFINE, how, Image.NEAREST, fillcolor=VOID)
+    image = ImageEnhance.Color(image).enhance(rng.uniform(0.3, 1.5))  # from nearly grey to gaudy
+    gamma, exposure, *tint = np.exp(rng.uniform(-1, 1, 5) * (0.5, 0.3, 0.15, 0.15, 0.15))
+    curve = np.linspace(0, 1, 256)[:, None] ** gamma * exposure * tint
+    return image.point((255 * curve).clip(0, 255).astype(np.uint8).T.ravel().tolist()), mask
+
+
+def normalise(photo):
+    """RGB picture -> float32 (3, H, W)."""
+    pixels = (np.asarray(photo, np.float32) / 255 - MEAN) / STD
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def open_dataset(root, split, size=None, augment=False, *, crop=None, rotate=15, void=VOID, seed=0):
+    """The photos of one split of a folder, as Photos describes them. A ValueError names the first problem of the folder."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; the splits are {', '.join(SPLITS)}")
+    found = survey(str(root), void)
+    if found.problems:
+        more = len(found.problems) - 1
+        raise ValueError(found.problems[0] + (f"\n{more} more such lines: python data.py --check {root}" if more else ""))
+    return Photos(found, split, size, augment, crop, rotate, void, seed)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def check(root, void):
+    """Print what a folder holds; return how many problems it has."""
+    found = survey(str(root), void)
+    print(f"{root}: {found.layout}, {found.classes} classes")
+    for split, pairs in found.pairs.items():
+        sizes = sorted({found.sizes[photo] for _, photo, _, _ in pairs if photo in found.sizes})
+        pixels = sum((found.pixels[mask] for _, _, mask, _ in pairs if mask in found.pixels), np.zeros(256, int))
+        shares = ", ".join(f"{value}: {pixels[value] / pixels.sum():.1%}" for value in np.flatnonzero(pixels))
+        span = f"{sizes[0][0]}x{sizes[0][1]} to {sizes[-1][0]}x{sizes[-1][1]}" if sizes else "-"
+        print(f"{split:5} {len(pairs):5} photos, {span}; mask values {shares}")
+    for problem in found.problems:
+        print(problem)
+    print(f"{len(found.problems)} problems")
+    return len(found.problems)
+
+
+def main():
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("folder", type=Path, help="where to draw the toy set, or what to check")
+    cli.add_argument("--check", action="store_true", help="list every problem of a folder instead of drawing")
+    cli.add_argument("--void", type=int, default=VOID, help="class id that is void, besides 255")
+    args = cli.parse_args()
+    try:
+        if args.check:
+            sys.exit(check(args.folder, args.void) > 0)
+        if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+            raise ValueError(f"{args.folder}: exists and is not empty; name a new folder for the toy set")
+        from toy import draw_set  # only here: data.py works without it
+
+        draw_set(args.folder)
+        print(f"drew 240 photos and masks into {args.folder}/; now: python train.py --data {args.folder}/")
+    except ValueError as error:
+        sys.exit(f"data.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Masks for photographs, folders of them, or the frames of a video, from a checkpoint.
+
+    python predict.py runs/hands/best.pt photo.jpg folder/ --out masks/
+    python predict.py runs/hands/best.pt frames/ --frames --out masks/    one pass a frame, the state carried along
+
+Writes NAME.png (0 and 255, or class ids) at the photo's own size, and NAME_overlay.jpg to look at.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+from data import ENDINGS, normalise, read_photo
+from train import autocast, enlarge, load_net, segment, shrink
+
+COLOURS = np.uint8([(0, 0, 0), (0, 200, 160), (255, 120, 60), (90, 120, 255), (255, 210, 60), (220, 80, 200), (120, 210, 60)])
+
+
+def overlay(photo, mask):
+    """The photo with its background dimmed, each class tinted and outlined."""
+    pixels = np.asarray(photo, np.float32)
+    tint = COLOURS[(mask - 1) % 6 + 1].astype(np.float32)
+    grey = pixels.mean(2, keepdims=True) * 0.35 + pixels * 0.25
+    pixels = np.where(mask[..., None] > 0, 0.75 * pixels + 0.25 * tint, grey)
+    thick = max(photo.size) // 400 * 2 + 3
+    ids = Image.fromarray(mask.astype(np.uint8))
+    edge = np.asarray(ids.filter(ImageFilter.MaxFilter(thick))) != np.asarray(ids.filter(ImageFilter.MinFilter(thick)))
+    rim = COLOURS[(np.asarray(ids.filter(ImageFilter.MaxFilter(thick))) - 1) % 6 + 1]
+    return Image.fromarray(np.where(edge[..., None], rim, pixels).astype(np.uint8))
+
+
+def find_inputs(paths):
+    """Files and the pictures of folders, in order of name, none twice and no two of the same name."""
+    files = {}
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path}: holds no pictures ({', '.join(sorted(ENDINGS))})")
+        for file in found:
+            other = files.setdefault(file.stem, file)
+            if other.resolve() != file.resolve():
+                raise ValueError(f"{file} and {other}: would both become {file.stem}.png; give them different names or runs")
+    return list(files.values())
+
+
+@torch.no_grad()
+def main():
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("checkpoint", type=Path)
+    cli.add_argument("inputs", type=Path, nargs="+", help="photos and folders of photos")
+    cli.add_argument("--out", type=Path, default=Path("masks"), help="folder for the masks")
+    cli.add_argument("--frames", action="store_true", help="the inputs are one video, in order of name")
+    args = cli.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        net, config, classes = load_net(args.checkpoint, device)
+        inputs = find_inputs(args.inputs)
+        if args.frames and not hasattr(net, "step"):
+            raise ValueError(f"{args.checkpoint}: is a {config.model}, which carries no state; leave --frames out")
+        outputs = [(args.out / f"{path.stem}.png", args.out / f"{path.stem}_overlay.jpg") for path in inputs]
+        clash = {path.resolve() for path in inputs} & {path.resolve() for pair in outputs for path in pair}
+        if clash:
+            raise ValueError(f"{min(clash)}: is an input and would be overwritten; name another folder with --out")
+        args.out.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        sys.exit(f"predict.py: {error}")
+
+    state, failed = None, 0
+    for path, (mask_path, overlay_path) in zip(tqdm(inputs, disable=None), outputs):
+        try:
+            photo = read_photo(path)
+        except ValueError as error:
+            tqdm.write(f"predict.py: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        image = normalise(photo).to(device)
+        if args.frames:
+            frame = shrink(image, config.size)
+            if state is None or state[0].shape[2:] != frame.shape[2:]:
+                state = net.start(frame)
+            with autocast(device):
+                s, state = net.step(frame, state)
+            mask = enlarge(s, image.shape[1:]).numpy()
+        else:
+            mask = segment(net, image, config.size, config.passes)[-1].numpy()
+        Image.fromarray((mask * (255 if classes == 2 else 1)).astype(np.uint8)).save(mask_path)
+        overlay(photo, mask).save(overlay_path, quality=92)
+    print(f"{len(inputs) - failed} masks in {args.out}/" + (f", {failed} pictures could not be read" if failed else ""))
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

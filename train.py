@@ -1,0 +1,314 @@
+"""Train, evaluate, resume.
+
+    python train.py --data hands/                                  train, then print the table on the test split
+    python train.py --data hands/ --resume                         go on where runs/hands/last.pt stopped
+    python train.py --data hands/ --evaluate runs/hands/best.pt    the table alone
+
+Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png and samples.png.
+"""
+
+import argparse
+import csv
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from data import MEAN, STD, VOID, open_dataset
+from rurnet import PlainUNet, RecurrentUNet
+
+matplotlib.use("Agg")  # draw to files: a server has no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def knob(default, help, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Config:
+    data: str = knob("hands/", "folder of photos and masks; data.py tells the layouts")
+    out: str = knob("", "folder of this run; empty: runs/ and the name of the data")
+    model: str = knob("dru", "which network", choices=["unet-g", "sru", "dru"])
+    level: int = knob(4, "l, poolings above the recurrent unit, 0 to 4")
+    width: int = knob(8, "channels at level 0")
+    hidden: int = knob(16, "channels of the hidden state")
+    passes: int = knob(3, "N, how often the network sees each photo")
+    alpha: float = knob(0.4, "pass t weighs alpha**(N - t) in the loss; 1 weighs all alike")
+    size: int = knob(0, "short side of the photos in pixels; 0: 160, or less where most photos are smaller")
+    crop: int = knob(0, "side of the training crops; 0: as --size")
+    rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up")
+    void: int = knob(VOID, "class id in the masks that neither trains nor counts, besides 255")
+    epochs: int = knob(30, "how often each photo is seen; sets below 400 photos are seen several times an epoch")
+    batch: int = knob(8, "photos a step")
+    lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle")
+    seed: int = knob(0, "of weights, order and augmentation")
+    workers: int = knob(-1, "processes that load photos; -1: none on a CPU, 4 for a GPU")
+
+
+def build(c, classes):
+    """The network that a Config names."""
+    if c.model == "unet-g":
+        return PlainUNet(classes, c.width)
+    return RecurrentUNet(classes, c.model, c.level, c.width, c.hidden, passes=c.passes)
+
+
+# ---------------------------------------------------------------- loss and scores
+
+
+def recurrent_loss(masks, truth, alpha):
+    """sum_t alpha^(N-t) CE(s_t, truth): every pass is taught, the last most. Eq. (7)."""
+    return sum(alpha ** (len(masks) - t) * F.cross_entropy(s, truth, ignore_index=VOID) for t, s in enumerate(masks, 1))
+
+
+def confusion(prediction, truth, classes):
+    """(K, K): how many pixels of class row were called class column. Void pixels are left out."""
+    seen = truth != VOID
+    return torch.bincount(truth[seen] * classes + prediction[seen], minlength=classes**2).view(classes, classes)
+
+
+def scores(matrix):
+    """Eq. (8), from one confusion matrix over the whole split. A class that neither occurs nor is predicted has no score."""
+    matrix = matrix.double()
+    hit, true, called = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    iou, precision, recall = hit / (true + called - hit), hit / called, hit / true
+    f1 = 2 * hit / (true + called)
+    table = {"mIoU": iou, "mPrec": precision, "mRec": recall, "mF1": f1}
+    row = {name: values.nanmean().item() for name, values in table.items()}
+    return row | ({"IoU": iou[1].item(), "F1": f1[1].item()} if len(matrix) == 2 else {})  # of the foreground alone
+
+
+def autocast(device):
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def shrink(image, size):
+    """Image (3, H, W) -> a batch of one (1, 3, h, w) with the short side at `size`."""
+    scale = size / min(image.shape[-2:])
+    shape = [round(side * scale) for side in image.shape[-2:]]
+    return F.interpolate(image[None], shape, mode="bilinear", antialias=True)
+
+
+def enlarge(s, shape):
+    """Logits (1, K, h, w) -> class ids (H, W) on the CPU, at the photo's own resolution."""
+    return F.interpolate(s.float(), shape, mode="bilinear")[0].argmax(0).cpu()
+
+
+@torch.no_grad()
+def segment(net, image, size, passes=None):
+    """Image (3, H, W) of any size -> the class ids (H, W) after every pass."""
+    with autocast(image.device):
+        masks = net(shrink(image, size), passes)
+    return [enlarge(s, image.shape[-2:]) for s in masks]
+
+
+def evaluate(net, dataset, size, passes, device):
+    """(N, K, K): one confusion matrix a pass, over the whole split."""
+    net.eval()
+    matrices = 0
+    for image, truth in tqdm(dataset, desc="evaluate", leave=False, disable=None):
+        masks = segment(net, image.to(device), size, passes)
+        matrices += torch.stack([confusion(mask, truth, dataset.classes) for mask in masks])
+    return matrices
+
+
+def print_table(matrices, title):
+    rows = [scores(matrix) for matrix in matrices]
+    print(f"\n{title}\npass  " + "  ".join(f"{name:>6}" for name in rows[0]))
+    for t, row in enumerate(rows, 1):
+        print(f"{t:4}  " + "  ".join(f"{value:6.4f}" for value in row.values()))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save(path, content):
+    """Written under a temporary name and renamed: whoever pulls the plug leaves the old checkpoint or the new, never half."""
+    part = path.with_suffix(".part")
+    torch.save(content, part)
+    os.replace(part, path)
+
+
+def load(path):
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
+        return content, Config(**content["config"])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint; train.py writes best.pt and last.pt into --out") from None
+    except Exception as error:  # torch.load answers a broken file with half a dozen kinds of exception
+        raise ValueError(f"{path}: is not a checkpoint of train.py, or is damaged ({type(error).__name__})") from None
+
+
+def load_net(path, device):
+    """The network of a checkpoint, with the Config it was trained by."""
+    content, config = load(path)
+    net = build(config, content["classes"])
+    net.load_state_dict(content["net"])
+    return net.to(device).eval(), config, content["classes"]
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(c, resume=False):
+    out, device = Path(c.out), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state = load(out / "last.pt")[0] if resume else None
+    if not resume and (out / "last.pt").exists():
+        raise ValueError(f"{out}: holds a run already; --resume goes on with it, another --out starts a new one")
+
+    options = dict(void=c.void, rotate=c.rotate, seed=c.seed)
+    photos = open_dataset(c.data, "train", c.size, augment=True, crop=c.crop, **options)
+    held_out = open_dataset(c.data, "val", **options)
+    photos.repeat = -(-400 // len(photos))
+    workers = c.workers if c.workers >= 0 else 4 * (device.type == "cuda")
+
+    torch.manual_seed(c.seed)
+    net = build(c, photos.classes).to(device)
+    steps = len(photos) // c.batch or 1
+    # AdamW and one cycle need no tuning per dataset
+    optimiser = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, c.lr, total_steps=c.epochs * steps)
+    log, best = [], 0.0
+    if state:
+        for part, name in (net, "net"), (optimiser, "optimiser"), (schedule, "schedule"):
+            part.load_state_dict(state[name])
+        log, best = state["log"], state["best"]
+    out.mkdir(parents=True, exist_ok=True)
+    size = sum(p.numel() for p in net.parameters())
+    print(
+        f"{c.model}, {size:,} parameters, on {device}; {c.data} ({photos.layout}): {len(photos.pairs)} photos to train, "
+        f"{len(held_out)} to validate, {photos.classes} classes; short side {c.size}, crops {photos.crop}; to {out}/"
+    )
+
+    for epoch in range(len(log) + 1, c.epochs + 1):
+        net.train()
+        photos.epoch, began, total = epoch, time.time(), 0.0
+        order = torch.Generator().manual_seed(c.seed * 100_003 + epoch)
+        batches = torch.utils.data.DataLoader(
+            photos, c.batch, shuffle=True, generator=order, drop_last=len(photos) >= c.batch,
+            num_workers=workers, pin_memory=device.type == "cuda",
+        )  # fmt: skip
+        for image, truth in tqdm(batches, desc=f"epoch {epoch}/{c.epochs}", leave=False, disable=None):
+            with autocast(device):
+                masks = net(image.to(device, non_blocking=True), c.passes)
+            loss = recurrent_loss([s.float() for s in masks], truth.to(device, non_blocking=True), c.alpha)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            total += loss.item()
+        speed = steps * c.batch / (time.time() - began)
+        rows = [scores(matrix) for matrix in evaluate(net, held_out, c.size, c.passes, device)]
+        seconds, score = time.time() - began, rows[-1]["mIoU"]
+        row = {"epoch": epoch, "loss": total / steps, "lr": schedule.get_last_lr()[0], "seconds": seconds}
+        log.append(row | {f"{name}_{t}": value for t, scored in enumerate(rows, 1) for name, value in scored.items()})
+        content = {"net": net.state_dict(), "config": asdict(c), "classes": photos.classes, "epoch": epoch, "mIoU": score}
+        if score >= best:
+            best = score
+            save(out / "best.pt", content)
+        more = {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(), "log": log, "best": best}
+        save(out / "last.pt", content | more)
+        write_log(log, out)
+        print(
+            f"epoch {epoch:3}/{c.epochs}  loss {total / steps:.4f}  val mIoU {score:.4f}  best {best:.4f}  "
+            f"{speed:5.1f} photos/s  {(c.epochs - epoch) * seconds / 60:.0f} min left",
+            flush=True,
+        )
+
+
+# ---------------------------------------------------------------- what the run leaves to look at
+
+
+def write_log(log, out):
+    """log.csv and curves.png, whole from the first epoch on: a resumed run has neither gap nor double."""
+    with open(out / "log.part", "w", newline="") as file:
+        table = csv.DictWriter(file, log[0])
+        table.writeheader()
+        table.writerows(log)
+    os.replace(out / "log.part", out / "log.csv")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    epochs = [row["epoch"] for row in log]
+    left.plot(epochs, [row["loss"] for row in log])
+    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    for t in range(1, 1 + sum(name.startswith("mIoU") for name in log[0])):
+        right.plot(epochs, [row[f"mIoU_{t}"] for row in log], label=f"pass {t}")
+    right.set(xlabel="epoch", ylabel="validation mIoU")
+    right.legend()
+    figure.savefig(out / "curves.png", dpi=80)
+    plt.close(figure)
+
+
+def draw_samples(net, dataset, size, passes, device, path, rows=4, height=160):
+    """A row each: photo, truth, the mask after pass 1, 2, ..., N."""
+    net.eval()
+    lines = []
+    for i in np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(int):
+        image, truth = dataset[i]
+        masks = segment(net, image.to(device), size, passes)
+        photo = ((image.numpy().transpose(1, 2, 0) * STD + MEAN) * 255).round().astype(np.uint8)
+        greys = [np.where(m == VOID, 96, m * 255 // (dataset.classes - 1)).astype(np.uint8) for m in (truth, *masks)]
+        pictures = [Image.fromarray(photo)] + [Image.fromarray(grey).convert("RGB") for grey in greys]
+        shape = (round(height * photo.shape[1] / photo.shape[0]), height)
+        lines.append(np.hstack([np.pad(p.resize(shape), ((2, 2), (2, 2), (0, 0)), constant_values=255) for p in pictures]))
+    wide = max(line.shape[1] for line in lines)
+    sheet = [np.pad(line, ((0, 0), (0, wide - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
+    Image.fromarray(np.vstack(sheet)).save(path)
+
+
+def test(c, checkpoint):
+    """The closing table, from the checkpoint that was best on validation."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net, _, classes = load_net(checkpoint, device)
+    photos = open_dataset(c.data, "test", void=c.void)
+    if photos.classes != classes:
+        raise ValueError(f"{checkpoint}: knows {classes} classes, {c.data} has {photos.classes}; evaluate on data of the same kind")
+    matrices = evaluate(net, photos, c.size, c.passes, device)
+    print_table(matrices, f"{c.data}, {len(photos)} test photos, {checkpoint}")
+    draw_samples(net, photos, c.size, c.passes, device, checkpoint.parent / "samples.png")
+
+
+# ---------------------------------------------------------------- main
+
+
+def parse(argv=None):
+    """Flags over the checkpoint's own settings, where one is named, over the defaults."""
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        help = f"{f.metadata['help']} [{f.default!r}]"
+        cli.add_argument("--" + f.name, type=f.type, default=f.default, **f.metadata | {"help": help})
+    cli.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
+    cli.add_argument("--evaluate", type=Path, metavar="CKPT", help="print the table of this checkpoint; train nothing")
+    first = cli.parse_args(argv)
+    first.out = first.out or f"runs/{Path(first.data).resolve().name}"
+    saved = first.evaluate or (Path(first.out) / "last.pt" if first.resume else None)
+    if saved:
+        cli.set_defaults(**asdict(load(saved)[1]))
+    args = vars(cli.parse_args(argv)) | {"out": first.out}
+    resume, checkpoint = args.pop("resume"), args.pop("evaluate")
+    c = Config(**args)
+    if not c.size:
+        c.size = min(160, open_dataset(c.data, "train", void=c.void).typical)
+    return c, resume, checkpoint
+
+
+def main():
+    try:
+        c, resume, checkpoint = parse()
+        if not checkpoint:
+            train(c, resume)
+        test(c, checkpoint or Path(c.out) / "best.pt")
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
