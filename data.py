@@ -263,7 +263,7 @@ def augment(image, mask, crop, rotate, rng):
     image = image.transform((crop, crop), Image.AFFINE, how, Image.BILINEAR, fillcolor=grey)
     mask = mask.transform((crop, crop), Image.AFFINE, how, Image.NEAREST, fillcolor=VOID)
     image = ImageEnhance.Color(image).enhance(rng.uniform(0.3, 1.5))  # from nearly grey to gaudy
-    gamma, exposure, *tint = np.exp(rng.uniform(-1, 1, 5) * (0.5, 0.3, 0.15, 0.15, 0.15))
+    gamma, exposure, *tint = np.exp(rng.uniform(-1, 1, 5) * (0.7, 0.4, 0.25, 0.25, 0.25))
     curve = np.linspace(0, 1, 256)[:, None] ** gamma * exposure * tint
     return image.point((255 * curve).clip(0, 255).astype(np.uint8).T.ravel().tolist()), mask
 

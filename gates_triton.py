@@ -3,11 +3,11 @@
     from gates_triton import fuse
     net = fuse(RecurrentUNet())            # in place; on a CPU it computes what it did before
 
-Why fuse. A GPU computes faster than its memory delivers: an H200 does some 67e12 float32 operations a second and moves
-4.8e12 bytes, 14 operations a byte. An update gate has about 50 operations for the 16 bytes that it must read and write,
-3 a byte: the arithmetic is free, and time is traffic. The unit to count in is the *memory pass*, one tensor read or
-written once. Eager PyTorch runs h_t = z * h + (1 - z) * c, eq. (5), as six kernels, each of which sends its result
-through memory to the next:
+Why fuse. A GPU computes faster than its memory delivers: an H200 issues some 33e12 float32 instructions a second and
+moves 4.8e12 bytes, 7 instructions a byte. An update gate is about 50 instructions for the 16 bytes that it must read
+and write, 3 a byte: the arithmetic is free, and time is traffic. (In half precision it is 6 a byte, and little to
+spare.) The unit to count in is the *memory pass*, one tensor read or written once. Eager PyTorch runs eq. (5),
+h_t = z * h + (1 - z) * c, as six kernels, each of which sends its result through memory to the next:
 
     z = sigmoid(a_z) 2    c = tanh(a_c) 2    z * h 3    1 - z 2    (1 - z) * c 3    their sum 3      = 15 passes
 
@@ -42,7 +42,7 @@ BLOCK = 1024  # elements a program: 8 a thread, so a thread asks for one or two 
 
 PASSES = {  # memory passes: fused, eager, and with torch.lerp(c, h, z) for eq. (5). The tests count them.
     ("update", "forward"): (4, 15, 8),
-    ("update", "backward"): (7, 23, 17),
+    ("update", "backward"): (7, 23, 22),
     ("reset", "forward"): (3, 5, None),
     ("reset", "backward"): (5, 9, None),
 }
@@ -132,6 +132,7 @@ def fused_update(h, a_z, a_c):
 
 
 def plain_update(h, a_z, a_c):
+    """What runs where no kernel does. The copy makes this file stand alone."""
     z, c = torch.sigmoid(a_z), torch.tanh(a_c)
     return z * h + (1 - z) * c
 
@@ -185,8 +186,9 @@ class _Fused(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # a second derivative is an error, not silently wrong
     def backward(ctx, g):
+        if torch.is_grad_enabled():  # create_graph=True. Left alone, a second derivative would silently be zero
+            raise RuntimeError("fused gates can be differentiated once; for second derivatives use those of rurnet.py")
         g, *inputs = _lay_out(g, *ctx.saved_tensors)
         grads = [torch.empty_like(g) if need else None for need in ctx.needs_input_grad[2:]]
         _launch(ctx.bwd, g, *inputs, *grads)
@@ -203,7 +205,8 @@ def _launch(kernel, x, *others):
 def _lay_out(*tensors):
     """The same tensors, so laid out that element i of one lies where element i of every other does.
 
-    An elementwise kernel need not know in which order dimensions lie, if all agree: it walks memory from 0 to n. So contiguous and channels_last tensors are taken as they are. A slice, an expanded tensor, and the odd one out are
+    An elementwise kernel need not know in which order dimensions lie, if all agree: it walks memory from 0 to n. So
+    contiguous and channels_last tensors are taken as they are. A slice, an expanded tensor, and the odd one out are
     copied to the layout that most of the others have.
     """
     orders = [_order(x) for x in tensors]

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import MEAN, STD, VOID, open_dataset
@@ -53,6 +54,19 @@ class Config:
     lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle")
     seed: int = knob(0, "of weights, order and augmentation")
     workers: int = knob(-1, "processes that load photos; -1: none on a CPU, 4 for a GPU")
+
+
+def checked(c):
+    """The Config, or a ValueError for a value that no run can have."""
+    for name, least in dict(level=0, width=1, hidden=1, passes=1, size=0, crop=0, epochs=1, batch=1, seed=0, workers=-1).items():
+        if getattr(c, name) < least:
+            raise ValueError(f"--{name} {getattr(c, name)}: wanted a whole number from {least}")
+    for name, low, high in ("alpha", 0, 1), ("lr", 0, 1):
+        if not low < getattr(c, name) <= high:
+            raise ValueError(f"--{name} {getattr(c, name)}: wanted a number above {low}, at most {high}")
+    if 0 < c.size < 16 or 0 < c.crop < 16:
+        raise ValueError("--size and --crop: wanted at least 16, as the network halves a photo four times")
+    return c
 
 
 def build(c, classes):
@@ -177,9 +191,12 @@ def train(c, resume=False):
     # AdamW and one cycle need no tuning per dataset
     optimiser = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, c.lr, total_steps=c.epochs * steps)
+    # on small sets the weights of single steps swing by ten points of validation IoU, their running mean does not
+    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    parts = {"raw": net, "mean": mean, "optimiser": optimiser, "schedule": schedule}
     log, best = [], 0.0
     if state:
-        for part, name in (net, "net"), (optimiser, "optimiser"), (schedule, "schedule"):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         log, best = state["log"], state["best"]
     out.mkdir(parents=True, exist_ok=True)
@@ -205,17 +222,18 @@ def train(c, resume=False):
             loss.backward()
             optimiser.step()
             schedule.step()
+            mean.update_parameters(net)
             total += loss.item()
         speed = steps * c.batch / (time.time() - began)
-        rows = [scores(matrix) for matrix in evaluate(net, held_out, c.size, c.passes, device)]
+        rows = [scores(matrix) for matrix in evaluate(mean.module, held_out, c.size, c.passes, device)]
         seconds, score = time.time() - began, rows[-1]["mIoU"]
         row = {"epoch": epoch, "loss": total / steps, "lr": schedule.get_last_lr()[0], "seconds": seconds}
         log.append(row | {f"{name}_{t}": value for t, scored in enumerate(rows, 1) for name, value in scored.items()})
-        content = {"net": net.state_dict(), "config": asdict(c), "classes": photos.classes, "epoch": epoch, "mIoU": score}
+        content = {"net": mean.module.state_dict(), "config": asdict(c), "classes": photos.classes, "epoch": epoch, "mIoU": score}
         if score >= best:
             best = score
             save(out / "best.pt", content)
-        more = {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(), "log": log, "best": best}
+        more = {name: part.state_dict() for name, part in parts.items()} | {"log": log, "best": best}
         save(out / "last.pt", content | more)
         write_log(log, out)
         print(
@@ -294,7 +312,7 @@ def parse(argv=None):
         cli.set_defaults(**asdict(load(saved)[1]))
     args = vars(cli.parse_args(argv)) | {"out": first.out}
     resume, checkpoint = args.pop("resume"), args.pop("evaluate")
-    c = Config(**args)
+    c = checked(Config(**args))
     if not c.size:
         c.size = min(160, open_dataset(c.data, "train", void=c.void).typical)
     return c, resume, checkpoint

@@ -1,0 +1,662 @@
+"""The tests, in the order of the files: the model, the data, training, masks, README.
+
+python -m pytest -q      about two minutes on two cores, no GPU, no download
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+
+import data
+import predict
+import train
+from data import open_dataset, read_photo, survey
+from rurnet import DRU, SRU, PlainUNet, RecurrentUNet, UNet, gated_reset, gated_update
+from toy import draw_hand_photo
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the photographs in ../shared/data")
+law = settings(deadline=None, max_examples=25)
+seeds = st.integers(0, 2**31 - 1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def size(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+# ---------------------------------------------------------------- rurnet.py: against the equations, in float64
+
+
+@law
+@given(shape=st.tuples(*[st.integers(1, n) for n in (2, 5, 7, 33)]), seed=seeds)
+def test_gates_equal_their_equations(shape, seed):
+    h, a_z, a_c = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
+    z, c = 1 / (1 + torch.exp(-a_z)), 1 - 2 / (1 + torch.exp(2 * a_c))
+    torch.testing.assert_close(gated_update(h, a_z, a_c), z * h + (1 - z) * c)
+    torch.testing.assert_close(gated_reset(h, a_z), h / (1 + torch.exp(-a_z)))
+
+
+def norm(x, weight, bias):
+    """Group normalisation from its definition."""
+    groups = x.unflatten(1, (min(8, x.shape[1]), -1))
+    mean, var = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), keepdim=True, correction=0)
+    return ((groups - mean) / (var + 1e-5).sqrt()).flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
+
+
+def double_conv(p, at, x, last_relu=True):
+    x = norm(F.conv2d(x, p[f"{at}.0.weight"], padding=1), p[f"{at}.1.weight"], p[f"{at}.1.bias"]).clamp(min=0)
+    x = norm(F.conv2d(x, p[f"{at}.3.weight"], padding=1), p[f"{at}.4.weight"], p[f"{at}.4.bias"])
+    return x.clamp(min=0) if last_relu else x
+
+
+def one_pass(p, unit, image, s, h):
+    """Eqs. (1)-(6) at level 4, written out on the numbers of a state dict: the network a second time, without its classes."""
+    p_s = torch.exp(s) / torch.exp(s).sum(1, keepdim=True)
+    x, skips = torch.cat([image, p_s], 1), []
+    for level in range(4):
+        skips.append(double_conv(p, f"outer.down.{level}", x))
+        x = F.max_pool2d(F.pad(skips[-1], (0, -skips[-1].shape[3] % 2, 0, -skips[-1].shape[2] % 2), value=-torch.inf), 2)
+    z = 1 / (1 + torch.exp(-double_conv(p, "unit.net_z.middle", x, False)))
+    seen = x if unit == "sru" else x / (1 + torch.exp(-double_conv(p, "unit.net_r.middle", x, False)))
+    h = z * h + (1 - z) * torch.tanh(double_conv(p, "unit.net_c.middle", seen, False))
+    d = torch.einsum("oi,bihw->bohw", p["f_s.weight"][..., 0, 0], h) + p["f_s.bias"][:, None, None]
+    for level in reversed(range(4)):
+        up, skip = f"outer.up.{3 - level}", skips[level]
+        d = torch.einsum("iouv,bihw->bohuwv", p[f"{up}.up.weight"], d).flatten(2, 3).flatten(3, 4)
+        d = (d + p[f"{up}.up.bias"][:, None, None])[..., : skip.shape[2], : skip.shape[3]]
+        d = double_conv(p, f"{up}.conv", torch.cat([skip, d], 1))
+    return torch.einsum("oi,bihw->bohw", p["head.weight"][..., 0, 0], d) + p["head.bias"][:, None, None], h
+
+
+@pytest.mark.parametrize("unit", ["dru", "sru"])
+@pytest.mark.parametrize("shape", [(2, 3, 48, 64), (1, 3, 37, 51)])
+def test_network_equals_its_equations(unit, shape):
+    net, image = RecurrentUNet(3, unit).double(), torch.randn(shape, dtype=torch.float64)
+    for parameter in net.parameters():  # away from the ones and zeros of a fresh network
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    p = net.state_dict()
+    s, h = torch.zeros(shape[0], 3, *shape[2:]).double(), torch.zeros(shape[0], 16, *(-(-n // 16) for n in shape[2:])).double()
+    for got in net(image, 3):
+        s, h = one_pass(p, unit, image, s, h)
+        torch.testing.assert_close(got, s)
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_units_equal_their_equations_at_every_level(level):
+    for unit in "dru", "sru":
+        net = RecurrentUNet(unit=unit, level=level).double().unit
+        e = torch.randn(2, net.net_z.middle[0].in_channels if level == 4 else net.net_z.down[0][0].in_channels, 19, 22).double()
+        h = torch.randn_like(net.net_z(e))
+        z = 1 / (1 + torch.exp(-net.net_z(e)))
+        seen = e / (1 + torch.exp(-net.net_r(e))) if unit == "dru" else e
+        c = 1 - 2 / (1 + torch.exp(2 * net.net_c(seen)))
+        torch.testing.assert_close(net(e, h), z * h + (1 - z) * c)
+        assert z.min() < 0.5 < z.max() and c.min() < 0 < c.max()  # a ReLU at the end of f would forbid it
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_gates_have_the_architecture_of_what_they_replace(level):
+    def convolutions(net):
+        return [(type(m), m.weight.shape) for m in net.modules() if hasattr(m, "kernel_size")]
+
+    widths = (8, 16, 32, 64, 128)
+    replaced = convolutions(UNet(widths[level - 1] if level else 5, widths[level:]))
+    for net in RecurrentUNet(level=level).unit.children():
+        gate = convolutions(net)
+        assert [kind for kind, _ in gate] == [kind for kind, _ in replaced]
+        assert gate[:-2] == replaced[:-2]  # the last DoubleConv ends in the channels of h or e
+
+
+# ---------------------------------------------------------------- rurnet.py: laws
+
+
+def test_parameter_counts():
+    assert [size(RecurrentUNet(level=level)) for level in range(5)] == [1_459_359, 1_449_794, 1_380_434, 1_084_914, 364_338]
+    assert [size(RecurrentUNet(unit="sru", level=level)) for level in range(5)] == [973_466, 970_418, 925_746, 728_626, 290_354]
+    assert size(PlainUNet()) == 486_562
+    assert [size(RecurrentUNet(level=level, width=16)) for level in (0, 4)] == [5_823_559, 1_398_498]
+
+
+@law
+@given(
+    batch=st.integers(1, 3), classes=st.integers(2, 6), shape=st.tuples(st.integers(16, 70), st.integers(16, 70)),
+    level=st.integers(0, 4), unit=st.sampled_from(["dru", "sru"]), passes=st.integers(1, 3), channels=st.integers(1, 4),
+)  # fmt: skip
+def test_any_size_any_batch_any_classes(batch, classes, shape, level, unit, passes, channels):
+    net = RecurrentUNet(classes, unit, level, width=4, image_channels=channels, passes=passes)
+    masks = net(torch.randn(batch, channels, *shape))
+    assert [tuple(s.shape) for s in masks] == [(batch, classes, *shape)] * passes
+    assert all(s.isfinite().all() for s in masks)
+    assert [s.shape for s in PlainUNet(classes, 4, channels)(torch.randn(batch, channels, *shape), passes)] == [masks[0].shape]
+
+
+@law
+@given(passes=st.integers(1, 4), level=st.integers(0, 4), unit=st.sampled_from(["dru", "sru"]), seed=seeds)
+def test_one_more_pass_changes_no_earlier_mask_and_step_is_forward(passes, level, unit, seed):
+    torch.manual_seed(seed)
+    net, image = RecurrentUNet(unit=unit, level=level, width=4).eval(), torch.randn(2, 3, 33, 40)
+    masks, longer, state = net(image, passes), net(image, passes + 1), net.start(image)
+    assert len(masks) == passes and len(longer) == passes + 1
+    for a, b in zip(masks, longer):
+        s, state = net.step(image, state)
+        assert torch.equal(a, b) and torch.equal(a, s) and torch.equal(s, state[0])
+    assert not torch.equal(longer[-2], longer[-1])  # the state does reach the next mask
+
+
+@law
+@given(level=st.integers(0, 4), unit=st.sampled_from(["dru", "sru"]), seed=seeds)
+def test_a_mask_does_not_depend_on_its_batch_mates(level, unit, seed):
+    torch.manual_seed(seed)
+    net, images = RecurrentUNet(unit=unit, level=level, width=4).double(), torch.randn(3, 3, 32, 35).double()
+    for together, alone in zip(net(images)[-1], images):
+        torch.testing.assert_close(together, net(alone[None])[-1][0])
+
+
+@pytest.mark.parametrize("alpha", [0.4, 1.0])
+@pytest.mark.parametrize("unit", ["dru", "sru"])
+@pytest.mark.parametrize("level", range(5))
+def test_gradients_reach_every_parameter(unit, level, alpha):
+    net = RecurrentUNet(unit=unit, level=level)
+    train.recurrent_loss(net(torch.randn(2, 3, 48, 40)), torch.randint(2, (2, 48, 40)), alpha).backward()
+    dead = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not dead
+
+
+def test_training_makes_the_loss_fall():
+    for net in RecurrentUNet(), RecurrentUNet(unit="sru", level=2, width=4), PlainUNet():
+        image = torch.randn(2, 3, 32, 32)
+        truth = (F.avg_pool2d(image[:, 0], 5, 1, 2) > 0).long()
+        optimiser, losses = torch.optim.AdamW(net.parameters(), lr=4e-3), []
+        for _ in range(40):
+            losses.append(train.recurrent_loss(net(image), truth, 0.4))
+            optimiser.zero_grad()
+            losses[-1].backward()
+            optimiser.step()
+        assert losses[-1] < 0.5 * losses[0]
+
+
+def test_bad_calls_say_what_came_and_what_is_wanted():
+    net, image = RecurrentUNet(), torch.zeros(1, 3, 32, 32)
+    for wrong, words in [
+        (lambda: net(image[0]), r"\(3, 32, 32\).*image\[None\]"),
+        (lambda: net(torch.zeros(1, 4, 32, 32)), r"\(1, 4, 32, 32\).*3, H, W"),
+        (lambda: net(torch.zeros(1, 3, 15, 32)), r"\(1, 3, 15, 32\).*from 16"),
+        (lambda: net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "uint8.*floating"),
+        (lambda: net(image.double()), r"float64.*float32.*image\.to"),
+        (lambda: net(image, 0), "passes is 0"),
+        (lambda: net(image, 2.5), "passes is 2.5"),
+        (lambda: net.step(torch.zeros(1, 3, 48, 32), net.start(image)), r"state.*call start"),
+        (lambda: PlainUNet()(image[0]), r"\(3, 32, 32\)"),
+        (lambda: RecurrentUNet(unit="gru"), "'gru'.*dru, sru"),
+        (lambda: RecurrentUNet(level=5), "level is 5.*0 to 4"),
+        (lambda: RecurrentUNet(level=-1), "level is -1"),
+        (lambda: RecurrentUNet(classes=1), "classes is 1.*from 2"),
+        (lambda: RecurrentUNet(width=0), "width is 0"),
+        (lambda: RecurrentUNet(hidden=0), "hidden is 0"),
+        (lambda: RecurrentUNet(passes=0), "passes is 0"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            wrong()
+
+
+def test_copying_rurnet_alone_works(tmp_path):
+    shutil.copy(HERE / "rurnet.py", tmp_path)
+    use = "import torch; from rurnet import RecurrentUNet; print(RecurrentUNet()(torch.zeros(1, 3, 20, 30))[-1].shape)"
+    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.'); {use}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "torch.Size([1, 2, 20, 30])", done.stderr
+
+
+# ---------------------------------------------------------------- data.py: folders
+
+
+def blob(w=40, h=32, x=8):
+    """A photo with a bright box off its middle, and the box as mask (0 and 255)."""
+    mask = Image.new("L", (w, h))
+    ImageDraw.Draw(mask).rectangle((x, 4, x + 12, 19), fill=255)
+    return Image.merge("RGB", [mask.point(lambda v, c=c: v * c // 255 + 20) for c in (200, 120, 90)]), mask
+
+
+def write_pair(folder, name, mask=None, photo=None):
+    for kind in "images", "masks":
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    default, box = blob()
+    (photo or default).save(folder / "images" / f"{name}.png")
+    (box if mask is None else mask).save(folder / "masks" / f"{name}.png")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pairs and the three lists."""
+    root = tmp_path / "photos"
+    for i in range(6):
+        write_pair(root, f"p{i}", blob(x=8 + i)[1])
+    for split, names in ("train", "p0 p1 p2 p3"), ("val", "p4"), ("test", "p5"):
+        (root / f"{split}.txt").write_text("\n".join(names.split()) + "\n")
+    return root
+
+
+def names(dataset):
+    return [name for name, *_ in dataset.pairs]
+
+
+def test_lists_split_folders_and_seeded_split(folder, tmp_path):
+    assert [names(open_dataset(folder, split)) for split in data.SPLITS] == [["p0", "p1", "p2", "p3"], ["p4"], ["p5"]]
+    image, mask = open_dataset(folder, "test")[0]
+    assert image.dtype == torch.float32 and image.shape == (3, 32, 40) and mask.dtype == torch.int64 and mask.shape == (32, 40)
+    np.testing.assert_array_equal(mask, np.asarray(blob(x=13)[1]) // 255)
+    np.testing.assert_allclose(image[:, 0, 0], (np.array([20, 20, 20]) / 255 - data.MEAN) / data.STD, rtol=1e-5)
+
+    for i, split in enumerate(data.SPLITS):
+        write_pair(tmp_path / "three" / split, f"n{i}")
+    assert [names(open_dataset(tmp_path / "three", split)) for split in data.SPLITS] == [["n0"], ["n1"], ["n2"]]
+
+    for i in range(20):
+        write_pair(tmp_path / "bare", f"q{i:02}")
+    parts = [names(open_dataset(tmp_path / "bare", split)) for split in data.SPLITS]
+    assert [len(part) for part in parts] == [14, 3, 3] and len(set(sum(parts, []))) == 20
+    survey.cache_clear()
+    assert parts == [names(open_dataset(tmp_path / "bare", split)) for split in data.SPLITS]
+    assert "seed 0" in open_dataset(tmp_path / "bare", "train").layout
+
+
+def test_drive_layout(tmp_path):
+    for part, numbers in ("training", range(21, 29)), ("test", range(1, 4)):
+        for kind in "images", "1st_manual", "mask":
+            (tmp_path / part / kind).mkdir(parents=True)
+        for n in numbers:
+            photo, vessels = blob()
+            view = Image.new("L", photo.size, 255)
+            ImageDraw.Draw(view).rectangle((0, 0, 9, 31), fill=0)
+            photo.save(tmp_path / part / "images" / f"{n:02}_{part}.tif")
+            vessels.save(tmp_path / part / "1st_manual" / f"{n:02}_manual1.gif")
+            view.save(tmp_path / part / "mask" / f"{n:02}_{part}_mask.gif")
+    splits = [open_dataset(tmp_path, split) for split in data.SPLITS]
+    assert [len(s) for s in splits] == [4, 4, 3] and names(splits[1])[0] == "25_training"
+    _, mask = splits[2][0]
+    assert (mask[:, :10] == 255).all() and mask[10, 12] == 1 and mask[0, 39] == 0
+
+
+def test_masks_in_every_honest_encoding(tmp_path):
+    box = np.asarray(blob()[1]) // 255
+    palette = Image.fromarray(box.astype(np.uint8)).convert("P")
+    palette.putpalette([10, 20, 30, 200, 100, 0])
+    ids = (box * 2 + (np.arange(40) > 30)).astype(np.uint8)  # classes 0 to 2
+    void = np.where(np.arange(40) < 3, 255, ids).astype(np.uint8)
+    for name, mask, wanted in [
+        ("white", Image.fromarray(box * np.uint8(255)), box),
+        ("ones", Image.fromarray(box), box),
+        ("bits", Image.fromarray(box > 0), box),
+        ("palette", palette, box),
+        ("grey as RGB", Image.fromarray(box * np.uint8(255)).convert("RGB"), box),
+        ("grey as RGBA", Image.fromarray(box * np.uint8(255)).convert("RGBA"), box),
+        ("16 bits", Image.fromarray(box.astype(np.uint16)), box),
+        ("ids", Image.fromarray(ids), ids),
+        ("ids and void", Image.fromarray(void), void),
+    ]:
+        for i in range(3):
+            write_pair(tmp_path / name, str(i), mask)
+        dataset = open_dataset(tmp_path / name, "train")
+        assert dataset.classes == len(set(wanted.flat) - {255}), name
+        np.testing.assert_array_equal(dataset[0][1], wanted, err_msg=name)
+    named = open_dataset(tmp_path / "ids", "train", void=2)
+    assert named.classes == 2 and named[0][1].unique().tolist() == [0, 1, 255]
+
+
+def test_photos_of_every_kind_read_alike(tmp_path):
+    photo = blob()[0].convert("L").convert("RGB")  # grey, so that every mode can hold it
+    pixels = np.asarray(photo)
+    palette, upright = photo.quantize(64), photo
+    palette.save(tmp_path / "palette.png", transparency=0)
+    photo.convert("L").save(tmp_path / "grey.png")
+    photo.convert("LA").save(tmp_path / "grey-alpha.png")
+    photo.convert("RGBA").save(tmp_path / "alpha.png")
+    photo.convert("CMYK").save(tmp_path / "cmyk.tif")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    for turn, method in enumerate([None, 0, 3, 1, 5, 4, 6, 2], start=1):  # how a viewer would have to turn it back
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        back = {None: None, 0: 0, 3: 3, 1: 1, 5: 5, 4: 2, 6: 6, 2: 4}[method]  # quarter turns undo each other
+        (upright if back is None else upright.transpose(back)).save(tmp_path / f"turned{turn}.png", exif=exif)
+    for path in sorted(tmp_path.iterdir()):
+        np.testing.assert_allclose(np.asarray(read_photo(path), int), pixels, atol=1, err_msg=path.name)
+
+
+def test_what_is_wrong_with_a_folder_is_said_in_full(folder):
+    grey = Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 6, (32, 1)))
+    colour = blob()[0]
+    clear = Image.merge("LA", [blob()[1], blob()[1]])
+    noisy = Image.fromarray(np.random.default_rng(0).choice([0, 1, 2, 3, 252, 253, 254, 255], (32, 40)).astype(np.uint8))
+
+    def broken(how, *words):
+        survey.cache_clear()
+        saved = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        how()
+        with pytest.raises(ValueError) as caught:
+            open_dataset(folder, "train")
+        assert all(word in str(caught.value) for word in words), caught.value
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.unlink()
+        for path, content in saved.items():
+            path.write_bytes(content)
+
+    broken(lambda: grey.save(folder / "masks/p1.png"), "p1.png", "[0, 6, 12", "class ids")
+    broken(lambda: noisy.save(folder / "masks/p1.png"), "p1.png", "[0, 1, 2", "JPEG")
+    broken(lambda: colour.save(folder / "masks/p1.png"), "p1.png", "colours ((20, 20", "greyscale")
+    broken(lambda: clear.save(folder / "masks/p1.png"), "p1.png", "transparency")
+    broken(lambda: blob(50)[1].save(folder / "masks/p1.png"), "p1.png", "50x32", "40x32")
+    broken(lambda: (folder / "masks/p1.png").unlink(), "masks/p1", "missing")
+    broken(lambda: (folder / "images/p1.png").unlink(), "images/p1", "missing")
+    broken(lambda: (folder / "images/p1.png").write_text("hello"), "images/p1.png", "cannot be read")
+    broken(lambda: (folder / "masks/p1.png").write_bytes(b""), "masks/p1.png", "cannot be read")
+    broken(lambda: blob()[0].save(folder / "images/p1.jpg"), "p1.png", "p1.jpg", "share a name")
+    broken(lambda: (folder / "val.txt").unlink(), "val.txt", "missing")
+    broken(lambda: (folder / "val.txt").write_text(""), "no photos for val")
+    broken(lambda: (folder / "val.txt").write_text("p4\np0\n"), "val.txt", "p0", "train.txt")
+    broken(lambda: [Image.new("L", (40, 32)).save(p) for p in folder.glob("masks/*")], "[0] alone")
+    broken(lambda: Image.fromarray(np.asarray(blob()[1]) // 255).save(folder / "masks/p1.png"), "0 and 255", "0 and 1")
+
+    survey.cache_clear()
+    colour.save(folder / "masks/p1.png")
+    (folder / "masks/p2.png").unlink()
+    (folder / "images/p3.png").write_bytes(b"GIF8")
+    done = subprocess.run([sys.executable, HERE / "data.py", "--check", folder], capture_output=True, text=True)
+    assert done.returncode == 1 and all(f"p{i}" in done.stdout for i in (1, 2, 3)) and "3 problems" in done.stdout
+    with pytest.raises(ValueError, match="no folder"):
+        open_dataset(folder / "absent", "train")
+    with pytest.raises(ValueError, match=r"holds p0.png.*wanted images/"):
+        open_dataset(folder / "images", "train")
+    with pytest.raises(ValueError, match="'training'"):
+        open_dataset(folder, "training")
+
+
+# ---------------------------------------------------------------- data.py: sizes and augmentation
+
+
+@law
+@given(w=st.integers(20, 90), h=st.integers(20, 90), short=st.integers(8, 64))
+def test_size_is_the_short_side(w, h, short):
+    found = data.Survey("", {"train": [("x", None, None, None)]}, sizes={None: (w, h)})
+    photos = data.Photos(found, "train", short, False, None, 0, 255, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "read_photo", lambda path: blob(w, h)[0])
+        patch.setattr(data, "read_labels", lambda path: np.asarray(blob(w, h)[1]) // 255)
+        image, mask = photos[0]
+    assert min(image.shape[1:]) == short and image.shape[1:] == mask.shape
+    assert abs(max(image.shape[1:]) - max(w, h) * short / min(w, h)) <= 0.5
+    assert set(mask.unique().tolist()) <= {0, 1}
+
+
+def letter_f():
+    """No symmetry: a flip or a turn of one picture alone would show."""
+    mask = Image.new("L", (90, 70))
+    for box in (25, 10, 34, 60), (25, 10, 60, 19), (25, 30, 50, 39):
+        ImageDraw.Draw(mask).rectangle(box, fill=1)
+    return mask.point(lambda v: v * 255).convert("RGB"), mask
+
+
+@law
+@given(seed=seeds, crop=st.integers(24, 96), rotate=st.sampled_from([0, 15, 180]))
+def test_augmentation_moves_photo_and_mask_together(seed, crop, rotate):
+    image, mask = data.augment(*letter_f(), crop, rotate, np.random.default_rng(seed))
+    image, mask = np.asarray(image).max(2).astype(float), np.asarray(mask)
+    assert image.shape == mask.shape == (crop, crop) and set(np.unique(mask)) <= {0, 1, 255}
+    for inside, dark in (mask == 1, False), (mask == 0, True):  # away from edges, the photo still shows what the mask says
+        core = np.asarray(Image.fromarray(inside).convert("L").resize((crop, crop))) > 0
+        for dy, dx in np.ndindex(5, 5):
+            core &= np.roll(inside, (dy - 2, dx - 2), (0, 1))
+        assert ((image[core] < 60) if dark else (image[core] > 60)).all()
+
+
+def test_augmentation_flips_scales_turns_and_lights():
+    drawn = [data.augment(*letter_f(), 70, 15, np.random.default_rng(seed)) for seed in range(40)]
+    areas = [(np.asarray(mask) == 1).sum() for _, mask in drawn]
+    assert max(areas) > 2 * min(areas)
+    means = [np.asarray(image)[np.asarray(mask) == 1].mean(0) for image, mask in drawn]
+    assert np.std(means, axis=0).min() > 10
+    stems = []  # the long stroke of F lies left of its arms, or right where flipped; its tilt is the turn
+    for _, mask in drawn:
+        y, x = np.nonzero(np.asarray(mask) == 1)
+        stems.append((np.mean((x - x.mean()) ** 3), np.polyfit(y, x, 1)[0]))
+    assert min(s for s, _ in stems) < 0 < max(s for s, _ in stems)
+    assert len({round(tilt, 3) for _, tilt in stems}) > 30
+
+
+def test_crops_depend_on_nothing_but_seed_epoch_and_index(folder):
+    photos = [open_dataset(folder, "train", 24, True, seed=seed) for seed in (0, 0, 1)]
+    for p in photos:
+        p.repeat = 3
+    first = [photos[0][k] for k in range(12)]
+    assert all(torch.equal(a, b) for k in reversed(range(12)) for a, b in zip(first[k], photos[1][k]))
+    workers = list(torch.utils.data.DataLoader(photos[0], batch_size=None, num_workers=2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, workers)) and len(workers) == 12
+    assert not torch.equal(first[0][0], photos[2][0][0]) and not torch.equal(first[0][0], first[4][0])
+    photos[0].epoch = 1
+    assert not torch.equal(first[0][0], photos[0][0][0])
+
+
+def test_toy_photos_are_seeded_and_show_skin():
+    for seed in 3, 4:
+        photo, mask = draw_hand_photo(np.random.default_rng([0, seed]))
+        again, same = draw_hand_photo(np.random.default_rng([0, seed]))
+        assert photo.tobytes() == again.tobytes() and mask.tobytes() == same.tobytes()
+        assert photo.size == mask.size == (160, 120) and set(np.unique(mask)) == {0, 255}
+        assert 0.05 < (np.asarray(mask) > 0).mean() < 0.45
+        skin = np.asarray(photo)[np.asarray(mask) > 0].mean(0)
+        assert skin[0] > skin[2]  # under any lamp skin is redder than blue
+
+
+def test_toy_folder_is_drawn_once(tmp_path):
+    from toy import draw_set
+
+    draw_set(tmp_path / "hands", count=7)
+    assert [len(open_dataset(tmp_path / "hands", split)) for split in data.SPLITS] == [5, 1, 1]
+    done = subprocess.run([sys.executable, HERE / "data.py", tmp_path / "hands"], capture_output=True, text=True)
+    assert done.returncode == 1 and "not empty" in done.stderr and len(list(tmp_path.glob("hands/images/*"))) == 7
+
+
+@needs_shared
+@pytest.mark.parametrize("name, count, classes", [
+    ("hgr", (116, 28, 50), 2), ("hands", (35, 11, 24), 2), ("DRIVE", (16, 4, 20), 2), ("camvid", (367, 101, 233), 11),
+])  # fmt: skip
+def test_real_folders(name, count, classes):
+    void = 11 if name == "camvid" else 255
+    splits = [open_dataset(SHARED / name, split, void=void) for split in data.SPLITS]
+    assert tuple(map(len, splits)) == count and {s.classes for s in splits} == {classes}
+    image, mask = splits[2][0]
+    assert image.shape[1:] == mask.shape and set(mask.unique().tolist()) <= {*range(classes), 255}
+
+
+# ---------------------------------------------------------------- train.py: loss and scores
+
+
+@law
+@given(passes=st.integers(1, 4), alpha=st.floats(0.1, 1), seed=seeds)
+def test_loss_equals_its_equation(passes, alpha, seed):
+    rng = torch.Generator().manual_seed(seed)
+    masks = torch.randn(passes, 2, 3, 5, 7, dtype=torch.float64, generator=rng)
+    truth = torch.randint(3, (2, 5, 7), generator=rng)
+    truth[0, :2] = 255
+    want = 0.0
+    for t in range(passes):
+        p = torch.exp(masks[t]) / torch.exp(masks[t]).sum(1, keepdim=True)
+        at = [-torch.log(p[b, truth[b, y, x], y, x]) for b, y, x in (truth != 255).nonzero().tolist()]
+        want += alpha ** (passes - 1 - t) * sum(at) / len(at)
+    torch.testing.assert_close(train.recurrent_loss(list(masks), truth, alpha), want)
+
+
+def test_scores_by_hand():
+    # truth 0: 6 right, 2 called 1; truth 1: 1 called 0, 3 right
+    row = train.scores(torch.tensor([[6, 2], [1, 3]]))
+    assert row["IoU"] == pytest.approx(3 / 6) and row["F1"] == pytest.approx(6 / 9)
+    assert row["mIoU"] == pytest.approx((6 / 9 + 3 / 6) / 2)
+    assert row["mPrec"] == pytest.approx((6 / 7 + 3 / 5) / 2) and row["mRec"] == pytest.approx((6 / 8 + 3 / 4) / 2)
+    assert row["mF1"] == pytest.approx((12 / 15 + 6 / 9) / 2)
+    lost = train.scores(torch.tensor([[4, 0, 0], [0, 4, 0], [0, 0, 0]]))  # class 2 occurs nowhere
+    assert lost["mIoU"] == 1 and "IoU" not in lost
+    missed = train.scores(torch.tensor([[4, 0], [2, 0]]))  # class 1 never predicted: no precision, but an IoU of 0
+    assert missed["IoU"] == 0 and missed["mIoU"] == pytest.approx(4 / 6 / 2)
+
+
+@law
+@given(classes=st.integers(2, 4), seed=seeds)
+def test_scores_equal_their_definition_by_sets(classes, seed):
+    rng = np.random.default_rng(seed)
+    truth, called = rng.integers(0, classes, (2, 11, 13))
+    truth[rng.random(truth.shape) < 0.2] = 255
+    matrix = train.confusion(torch.tensor(called), torch.tensor(truth), classes)
+    ious, f1s = [], []
+    for k in range(classes):
+        true = {at for at in np.ndindex(truth.shape) if truth[at] == k}
+        found = {at for at in np.ndindex(truth.shape) if called[at] == k and truth[at] != 255}
+        ious.append(len(true & found) / len(true | found))
+        f1s.append(2 * len(true & found) / (len(true) + len(found)))
+    assert train.scores(matrix)["mIoU"] == pytest.approx(np.mean(ious))
+    assert train.scores(matrix)["mF1"] == pytest.approx(np.mean(f1s))
+
+
+# ---------------------------------------------------------------- train.py and predict.py: runs
+
+TINY = ["--size", "16", "--width", "4", "--epochs", "2", "--batch", "8"]
+
+
+def run(script, *args):
+    return subprocess.run([sys.executable, HERE / script, *map(str, args)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Photos with an F on each, and a run of two epochs over them."""
+    at = tmp_path_factory.mktemp("run")
+    for i in range(8):
+        image, mask = data.augment(*letter_f(), 48, 15, np.random.default_rng(i))
+        write_pair(at / "photos", f"p{i}", mask.point(lambda v: v % 255 * 255), image)
+    done = run("train.py", "--data", at / "photos", "--out", at / "run", *TINY)
+    assert done.returncode == 0, done.stderr
+    return at, done.stdout
+
+
+def test_a_run_leaves_what_readme_promises(trained):
+    at, printed = trained
+    assert {p.name for p in (at / "run").iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "samples.png"}
+    assert "seeded split" in printed and re.search(r"epoch +2/2  loss [\d.]+  val mIoU [\d.]+", printed)
+    rows = printed.splitlines()[-4:]
+    assert rows[0].split() == ["pass", "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1"]
+    assert [row.split()[0] for row in rows[1:]] == ["1", "2", "3"]
+    log = (at / "run/log.csv").read_text().splitlines()
+    assert len(log) == 3 and log[0].startswith("epoch,loss,lr")
+    assert Image.open(at / "run/samples.png").width > 5 * 160
+
+
+def test_evaluate_prints_the_table_again(trained):
+    at, printed = trained
+    again = run("train.py", "--data", at / "photos", "--evaluate", at / "run/best.pt")
+    assert again.stdout.splitlines()[-4:] == printed.splitlines()[-4:], again.stderr
+    more = run("train.py", "--data", at / "photos", "--evaluate", at / "run/best.pt", "--passes", 5)
+    assert more.stdout.splitlines()[-5:-2] == printed.splitlines()[-3:]  # five passes begin with the same three
+
+
+def test_resume_ends_in_the_same_weights_bit_for_bit(trained, tmp_path, monkeypatch):
+    at, _ = trained
+
+    def pull_the_plug(log, out):
+        raise KeyboardInterrupt
+
+    flags = ["--data", str(at / "photos"), "--out", str(tmp_path), *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_log", pull_the_plug)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(train.parse(flags)[0])
+    config, resume, _ = train.parse([*flags, "--resume"])
+    train.train(config, resume)
+    whole, pieces = (train.load(run / "last.pt")[0] for run in (at / "run", tmp_path))
+    assert whole["net"].keys() == pieces["net"].keys()
+    assert all(torch.equal(a, b) for a, b in zip(whole["net"].values(), pieces["net"].values()))
+    strip = [[{k: v for k, v in row.items() if k != "seconds"} for row in run["log"]] for run in (whole, pieces)]
+    assert strip[0] == strip[1] and len(strip[0]) == 2
+
+
+@pytest.mark.parametrize("model", ["unet-g", "sru"])
+def test_every_model_trains_and_predicts(trained, tmp_path, model):
+    at, _ = trained
+    done = run("train.py", "--data", at / "photos", "--out", tmp_path / "run", "--model", model, *TINY)
+    assert done.returncode == 0, done.stderr
+    done = run("predict.py", tmp_path / "run/best.pt", at / "photos/images", "--out", tmp_path / "masks")
+    assert "8 masks" in done.stdout and len(list((tmp_path / "masks").glob("p?.png"))) == 8
+
+
+def test_masks_have_the_size_of_their_photos(trained, tmp_path):
+    at, _ = trained
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    blob(61, 33)[0].save(tmp_path / "in/turned.jpg", exif=exif)
+    (tmp_path / "in/broken.jpg").write_bytes(b"\xff\xd8nothing")
+    done = run("predict.py", at / "run/best.pt", tmp_path / "in", at / "photos/images/p0.png", "--out", tmp_path / "out")
+    assert done.returncode == 1 and "broken.jpg: cannot be read" in done.stderr and "2 masks" in done.stdout
+    turned = Image.open(tmp_path / "out/turned.png")
+    assert turned.size == (33, 61) and set(np.unique(turned)) <= {0, 255}
+    assert Image.open(tmp_path / "out/turned_overlay.jpg").size == (33, 61)
+    net, config, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
+    want = train.segment(net, data.normalise(read_photo(at / "photos/images/p0.png")), config.size)[-1]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/p0.png")), want * 255)
+
+
+def test_frames_carry_the_state(trained, tmp_path):
+    at, _ = trained
+    done = run("predict.py", at / "run/best.pt", at / "photos/images", "--frames", "--out", tmp_path)
+    assert "8 masks" in done.stdout, done.stderr
+    net, config, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
+    state = None
+    for i in range(8):
+        image = data.normalise(read_photo(at / f"photos/images/p{i}.png"))
+        frame = train.shrink(image, config.size)
+        with torch.no_grad():
+            s, state = net.step(frame, state or net.start(frame))
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"p{i}.png")), train.enlarge(s, image.shape[1:]) * 255)
+
+
+def test_mistakes_get_one_sentence(trained, tmp_path):
+    at, _ = trained
+    photos, best = at / "photos", at / "run/best.pt"
+    half, text, foreign = tmp_path / "half.pt", tmp_path / "text.pt", tmp_path / "foreign.pt"
+    half.write_bytes(best.read_bytes()[:5000])
+    text.write_text("hello")
+    torch.save({"weights": torch.zeros(1)}, foreign)
+    (tmp_path / "empty").mkdir()
+    for script, args, words in [
+        ("train.py", ["--data", tmp_path / "absent"], "no folder"),
+        ("train.py", ["--data", tmp_path / "empty"], "holds nothing"),
+        ("train.py", ["--data", photos, "--out", at / "run"], "--resume goes on"),
+        ("train.py", ["--data", photos, "--out", tmp_path / "new", "--resume"], "no such checkpoint"),
+        ("train.py", ["--data", photos, "--evaluate", half], "half.pt: is not a checkpoint"),
+        ("train.py", ["--data", photos, "--evaluate", text], "text.pt: is not a checkpoint"),
+        ("train.py", ["--data", photos, "--out", tmp_path / "new", "--level", "5"], "level is 5"),
+        ("train.py", ["--data", photos, "--out", tmp_path / "new", "--epochs", "0"], "--epochs"),
+        ("train.py", ["--data", photos, "--out", tmp_path / "new", "--batch", "-1"], "--batch"),
+        ("train.py", ["--data", photos, "--out", tmp_path / "new", "--alpha", "0"], "--alpha"),
+        ("predict.py", [foreign, photos / "images"], "foreign.pt: is not a checkpoint"),
+        ("predict.py", [best, tmp_path / "absent.jpg"], "no such file"),
+        ("predict.py", [best, tmp_path / "empty"], "holds no pictures"),
+        ("predict.py", [best, photos / "images", photos / "masks", "--out", tmp_path / "m"], "would both become"),
+        ("predict.py", [best, photos / "images", "--out", photos / "images"], "would be overwritten"),
+    ]:
+        done = run(script, *args)
+        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
