@@ -107,14 +107,12 @@ def _update_fwd(h_ptr, az_ptr, ac_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 @jit
 def _update_bwd(g_ptr, h_ptr, az_ptr, ac_ptr, dh_ptr, daz_ptr, dac_ptr, n, BLOCK: tl.constexpr):
-    """g is the gradient of h_t. A gradient that nobody needs has None for a pointer, and costs no store and no load."""
+    """g is the gradient of h_t. A gradient that nobody needs has None for a pointer: no store, no load for its sake."""
     i, mask = _span(n, BLOCK)
     g = _load(g_ptr, i, mask)  # all loads before the first store: they then wait for memory together, not in turn
+    h = _load(h_ptr, i, mask)  # the compiler drops what no store depends on
     z = _sigmoid(_load(az_ptr, i, mask))
-    if daz_ptr is not None:
-        h = _load(h_ptr, i, mask)
-    if daz_ptr is not None or dac_ptr is not None:
-        c = _tanh(_load(ac_ptr, i, mask))
+    c = _tanh(_load(ac_ptr, i, mask))
     if daz_ptr is not None:
         tl.store(daz_ptr + i, g * (h - c) * (z * (1 - z)), mask)  # sigmoid' = z (1 - z)
     if dac_ptr is not None:
@@ -150,9 +148,9 @@ def _reset_fwd(e_ptr, ar_ptr, out_ptr, n, BLOCK: tl.constexpr):
 def _reset_bwd(g_ptr, e_ptr, ar_ptr, de_ptr, dar_ptr, n, BLOCK: tl.constexpr):
     i, mask = _span(n, BLOCK)
     g = _load(g_ptr, i, mask)
+    e = _load(e_ptr, i, mask)
     r = _sigmoid(_load(ar_ptr, i, mask))
     if dar_ptr is not None:
-        e = _load(e_ptr, i, mask)
         tl.store(dar_ptr + i, g * e * (r * (1 - r)), mask)
     if de_ptr is not None:
         tl.store(de_ptr + i, g * r, mask)
@@ -197,7 +195,7 @@ class _Fused(torch.autograd.Function):
 
 def _launch(kernel, x, *others):
     n = x.numel()
-    if n:  # a grid of no programs is an error
+    if n:  # or there is nothing to launch
         with torch.cuda.device(x.get_device()):  # Triton launches on the current GPU; -1, the CPU's, changes nothing
             kernel[(triton.cdiv(n, BLOCK),)](x, *others, n, BLOCK=BLOCK)
 

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import MEAN, STD, VOID, open_dataset
+from gates_triton import fuse
 from rurnet import PlainUNet, RecurrentUNet
 
 matplotlib.use("Agg")  # draw to files: a server has no screen
@@ -74,6 +75,11 @@ def build(c, classes):
     if c.model == "unet-g":
         return PlainUNet(classes, c.width)
     return RecurrentUNet(classes, c.model, c.level, c.width, c.hidden, passes=c.passes)
+
+
+def on(device, net):
+    """The network on its device, with fused gates where there is a GPU to run them."""
+    return fuse(net.to(device)) if device.type == "cuda" else net.to(device)
 
 
 # ---------------------------------------------------------------- loss and scores
@@ -167,7 +173,7 @@ def load_net(path, device):
     content, config = load(path)
     net = build(config, content["classes"])
     net.load_state_dict(content["net"])
-    return net.to(device).eval(), config, content["classes"]
+    return on(device, net).eval(), config, content["classes"]
 
 
 # ---------------------------------------------------------------- training
@@ -186,7 +192,7 @@ def train(c, resume=False):
     workers = c.workers if c.workers >= 0 else 4 * (device.type == "cuda")
 
     torch.manual_seed(c.seed)
-    net = build(c, photos.classes).to(device)
+    net = on(device, build(c, photos.classes))
     steps = len(photos) // c.batch or 1
     # AdamW and one cycle need no tuning per dataset
     optimiser = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=1e-2)
