@@ -21,11 +21,14 @@ FLAT = {"paper": (64, 86, 1, 17, .85, .25, (236, 234, 226)), "keyboard": (112, 3
         "book": (60, 80, 1, 2, .6, .2, None), "envelope": (70, 46, 1, 2, 1, .95, (232, 196, 156))}
 # width, height, then a grid of marks (columns, rows, how much of its cell a mark fills, across and down), colour
 
-def pick_colour(rng, skin=.3):
-    """A skin tone with probability `skin`, so that colour alone cannot tell a hand from a ruler; else any colour."""
+def pick_colour(rng, skin=.15):
+    """A skin tone with probability `skin`, so that colour alone cannot tell a hand from a ruler; else one that no skin has."""
     t, i = np.modf(rng.uniform(0, len(SKINS) - 1))
     tone = (SKINS[int(i)] * (1 - t) + SKINS[int(i) + 1] * t) * rng.uniform(.95, 1.05, 3)
-    return tone if rng.random() < skin else rng.uniform(30, 210) + rng.uniform(-45, 45, 3)
+    other = rng.uniform(30, 210) + rng.uniform(-60, 60, 3)
+    if other[0] > other[1] > other[2]:  # the order that all skin has
+        other = other[::-1]
+    return tone if rng.random() < skin else other
 
 def noise(rng, size, across, down):
     """Smooth noise in -1..1: a coarse random grid, stretched to `size`."""
@@ -33,8 +36,8 @@ def noise(rng, size, across, down):
     return np.asarray(Image.fromarray(grid).resize(size, Image.BILINEAR))
 
 def draw_desk(rng, size):
-    colour, tone = pick_colour(rng), 1 + .08 * noise(rng, size, 4, 3)
-    if rng.random() < .4:  # wood
+    colour, tone = pick_colour(rng, .08), 1 + .08 * noise(rng, size, 4, 3)
+    if rng.random() < .15:  # wood
         colour = np.array((152, 106, 70)) * rng.uniform(.45, 1.4) + rng.uniform(-12, 12, 3)
         rings = np.sin(noise(rng, size, 6, 14) * rng.uniform(15, 40))
         tone = tone + .05 * rings + .06 * noise(rng, size, 8, 120) + .03 * noise(rng, size, 20, 60)
