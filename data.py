@@ -25,8 +25,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # ImageNet's, by custom
 VOID = 255
-LIGHT = np.array((0.7, 0.4, 0.25, 0.25, 0.25))
-SATURATION = 0.5
+LIGHT = np.array((0.5, 0.3, 0.1, 0.1, 0.1))
+SATURATION = 0.4
 SCALE = (0.75, 1.5)
 ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SPLITS = ("train", "val", "test")

@@ -55,8 +55,8 @@ class DoubleConv(nn.Sequential):
     """(3x3 convolution, group norm, ReLU) twice: (B, c_in, H, W) -> (B, c_out, H, W). `end` replaces the last ReLU."""
 
     def __init__(self, c_in, c_out, end=nn.ReLU):
-        def group_norm():  # eight groups, or as many as divide both 8 and c_out: the mask has few channels
-            return nn.GroupNorm(gcd(8, c_out), c_out)
+        def group_norm():  # eight channels a group. Eight groups of one would erase a photo's colour from the first layer on
+            return nn.GroupNorm(gcd(c_out, max(1, c_out // 8)), c_out)
 
         super().__init__(
             nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), group_norm(), nn.ReLU(),

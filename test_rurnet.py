@@ -63,7 +63,7 @@ def test_gates_equal_their_equations(shape, seed):
 
 def norm(x, weight, bias):
     """Group normalisation from its definition."""
-    groups = x.unflatten(1, (min(8, x.shape[1]), -1))
+    groups = x.unflatten(1, (-1, min(8, x.shape[1])))  # eight channels each
     mean, var = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), keepdim=True, correction=0)
     return ((groups - mean) / (var + 1e-5).sqrt()).flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
 

@@ -21,7 +21,7 @@ FLAT = {"paper": (64, 86, 1, 17, .85, .25, (236, 234, 226)), "keyboard": (112, 3
         "book": (60, 80, 1, 2, .6, .2, None), "envelope": (70, 46, 1, 2, 1, .95, (232, 196, 156))}
 # width, height, then a grid of marks (columns, rows, how much of its cell a mark fills, across and down), colour
 
-def pick_colour(rng, skin=.15):
+def pick_colour(rng, skin=0.):
     """A skin tone with probability `skin`, so that colour alone cannot tell a hand from a ruler; else one that no skin has."""
     t, i = np.modf(rng.uniform(0, len(SKINS) - 1))
     tone = (SKINS[int(i)] * (1 - t) + SKINS[int(i) + 1] * t) * rng.uniform(.95, 1.05, 3)
@@ -36,14 +36,14 @@ def noise(rng, size, across, down):
     return np.asarray(Image.fromarray(grid).resize(size, Image.BILINEAR))
 
 def draw_desk(rng, size):
-    colour, tone = pick_colour(rng, .08), 1 + .08 * noise(rng, size, 4, 3)
-    if rng.random() < .15:  # wood
+    colour, tone = pick_colour(rng, .05), 1 + .08 * noise(rng, size, 4, 3)
+    if rng.random() < .1:  # wood
         colour = np.array((152, 106, 70)) * rng.uniform(.45, 1.4) + rng.uniform(-12, 12, 3)
         rings = np.sin(noise(rng, size, 6, 14) * rng.uniform(15, 40))
         tone = tone + .05 * rings + .06 * noise(rng, size, 8, 120) + .03 * noise(rng, size, 20, 60)
     else:  # from smooth to coarse cloth
         threads = noise(rng, size, 160, 120) + .5 * np.sin(np.arange(size[0]) * rng.uniform(.5, 1.2))
-        tone = tone + rng.choice((0, .06, .12)) * threads
+        tone = tone + rng.choice((0, .04, .08)) * threads
     return Image.fromarray((colour * tone[..., None]).clip(0, 255).astype(np.uint8))
 
 def cast_shadow(canvas, mask, light, lift):
@@ -83,16 +83,16 @@ def sculpt(canvas, limbs, colour, light, lift=2., detail=1., flat=False):
 def xy(points):
     return [(p.real, p.imag) for p in points]
 
-def draw_object(rng, canvas, light, kind, at):
+def draw_object(rng, canvas, light, kind, at, skin=0.):
     """Put a thing of one of the ROUND or FLAT kinds near `at`; return the mask of what it covers."""
-    size, turn, colour = rng.uniform(.8, 1.2) * S, rng.uniform(0, 2 * np.pi), pick_colour(rng)
+    size, turn, colour = rng.uniform(.8, 1.2) * S, rng.uniform(0, 2 * np.pi), pick_colour(rng, skin)
     if kind in ROUND:
         (radius, length, pieces, wind), step = ROUND[kind], np.pi / 8 if kind == "cup" else 0
         turns = turn + np.cumsum(rng.normal(step, wind, pieces))
         points = at + size * length * np.cumsum([0, *np.exp(1j * turns)])
         limbs = [(a, b, radius * size, radius * size, 0, 0) for a, b in zip(points, points[1:])]
         if kind == "cup":
-            middle, drink = points[1:].mean(), rng.choice([(66, 38, 22), (170, 110, 50), (200, 200, 195)])
+            middle, drink = points[1:].mean(), rng.choice([(46, 38, 42), (60, 110, 60), (200, 200, 205)])
             sculpt(canvas, [(middle, middle, 15 * size, 15 * size, 0, 0)], drink, light, 5)
             limbs.append((points[0], 1.6 * points[0] - .6 * middle, 2.5 * size, 2.5 * size, 0, 0))  # its handle
         return sculpt(canvas, limbs, colour, light, min(radius, 3))
@@ -129,7 +129,7 @@ def draw_hand(rng, canvas, mask, skin, light, wrist, angle, scale, flip):
         if not palm_up and np.cos(pitch) > .5:
             nail = [end + ahead * (.1 + .34 * np.sin(t)) + across * .6 * np.cos(t) for t in np.arange(0, 6.3, .5)]
             pencil.polygon(xy(place(nail)), fill=152, outline=118)
-    spread, folded = rng.uniform(.7, 1.7), 1.5 * (np.arange(4) >= rng.integers(4))  # a fist, or 1 to 3 fingers up
+    spread, folded = rng.uniform(1, 1.8), 1.5 * (np.arange(4) >= rng.integers(4))  # a fist, or 1 to 3 fingers up
     curls = (rng.normal(0, .12, 4) + (rng.uniform(0, .8) if rng.random() < .65 else folded)).clip(.01)  # in radians
     for (knuckle, heading, length, radius), beside, curl in zip(FINGERS, FINGERS[1:] + FINGERS[2:3], curls):
         web = (knuckle + beside[0]) / 2  # a bone's worth of flesh between the bones keeps the hand from being a rake
@@ -155,7 +155,7 @@ def camera(rng, photo, light):
     pixels = np.asarray(photo.filter(ImageFilter.GaussianBlur(rng.uniform(.1, .7)))) / 255
     y, x = np.mgrid[-1:1:photo.height * 1j, -1:1:photo.width * 1j]
     lamp = (1 + rng.uniform(.1, .5) * (x * light.real + y * light.imag)) * (1 - rng.uniform(.02, .13) * (x * x + y * y))
-    warmth, grain = rng.uniform(-.12, .12), rng.normal(0, rng.uniform(.004, .02), (*x.shape, 1))
+    warmth, grain = rng.uniform(-.07, .07), rng.normal(0, rng.uniform(.004, .014), (*x.shape, 1))
     pixels = pixels * (lamp * rng.uniform(.85, 1.25))[..., None] * (1 + warmth, 1, 1 - warmth)
     pixels = pixels.clip(0, 1) ** rng.uniform(.8, 1.2) + grain + rng.normal(0, .006, pixels.shape)
     return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
@@ -166,17 +166,18 @@ def draw_hand_photo(rng, width=160, height=120):
     canvas, mask = draw_desk(rng, size), Image.new("L", size)
     def somewhere(margin=0.):
         return complex(*rng.uniform(margin, 1 - margin, 2) * size)
-    for kind in rng.choice([*ROUND, *FLAT], rng.integers(3, 8)):
-        draw_object(rng, canvas, light, kind, somewhere())
+    kinds, tricky = [kind for kind in [*ROUND, *FLAT] if kind not in ("ruler", "envelope")], rng.random() < .3
+    for kind in rng.choice([*ROUND, "ruler", "envelope"] if tricky else kinds, rng.integers(3, 8)):
+        draw_object(rng, canvas, light, kind, somewhere(), .6 * tricky)
     skin, two, side = pick_colour(rng, 1), rng.random() < .25, rng.choice(4, p=(.5, .2, .1, .2)) * np.pi / 2
     for flip in (1, -1) if two else rng.choice((-1, 1), 1):
         angle = side + rng.uniform(-.5, .5)
-        scale = rng.uniform(34, 52) * S * min(width / 160, height / 120) * (.75 if two else 1)
+        scale = rng.uniform(42, 60) * S * min(width / 160, height / 120) * (.75 if two else 1)
         apart = flip * .26 * two * complex(np.cos(side) * size[0], np.sin(side) * size[1])
         wrist = somewhere(.3) + apart + .9j * scale * np.exp(1j * angle)
         draw_hand(rng, canvas, mask, skin, light, wrist, angle, scale, flip)
-    if rng.random() < .2:  # something thin lies over the hand, or near it
-        kind = rng.choice(["pen", "stick", "cable", "ruler"])
+    if rng.random() < .12:  # something thin lies over the hand, or near it
+        kind = rng.choice(["pen", "stick", "cable"])
         mask.paste(0, mask=draw_object(rng, canvas, light, kind, somewhere(.2)))
     return camera(rng, canvas.reduce(S), light), mask.reduce(S).point(lambda v: 255 * (v > 127))
 
