@@ -25,9 +25,6 @@ from PIL import Image, ImageEnhance, ImageOps
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # ImageNet's, by custom
 VOID = 255
-LIGHT = np.array((0.5, 0.3, 0.1, 0.1, 0.1))
-SATURATION = 0.4
-SCALE = (0.75, 1.5)
 ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SPLITS = ("train", "val", "test")
 
@@ -255,7 +252,7 @@ class Photos(torch.utils.data.Dataset):
 
 def augment(image, mask, crop, rotate, rng):
     """Flip, scale, turn and cut out of both pictures by one map, and change the light of the photo. Outside is void."""
-    angle, scale = np.radians(rng.uniform(-rotate, rotate)), np.exp(rng.uniform(np.log(SCALE[0]), np.log(SCALE[1])))
+    angle, scale = np.radians(rng.uniform(-rotate, rotate)), np.exp(rng.uniform(np.log(0.75), np.log(1.5)))
     flip, (w, h) = rng.choice([-1, 1]), image.size
     reach = crop / scale / 2  # half of the piece, in pixels of the photo
     cx, cy = (rng.uniform(min(reach, side / 2), max(side - reach, side / 2)) for side in (w, h))
@@ -265,8 +262,8 @@ def augment(image, mask, crop, rotate, rng):
     grey = tuple(int(255 * m) for m in MEAN)  # zero after normalisation
     image = image.transform((crop, crop), Image.AFFINE, how, Image.BILINEAR, fillcolor=grey)
     mask = mask.transform((crop, crop), Image.AFFINE, how, Image.NEAREST, fillcolor=VOID)
-    image = ImageEnhance.Color(image).enhance(1 + rng.uniform(-1, 1) * SATURATION)  # from nearly grey to gaudy
-    gamma, exposure, *tint = np.exp(rng.uniform(-1, 1, 5) * LIGHT)
+    image = ImageEnhance.Color(image).enhance(rng.uniform(0.6, 1.4))
+    gamma, exposure, *tint = np.exp(rng.uniform(-1, 1, 5) * (0.5, 0.3, 0.1, 0.1, 0.1))
     curve = np.linspace(0, 1, 256)[:, None] ** gamma * exposure * tint
     return image.point((255 * curve).clip(0, 255).astype(np.uint8).T.ravel().tolist()), mask
 

@@ -1107,6 +1107,7 @@ def test_mistakes_get_one_sentence(trained, tmp_path):
         ("train.py", ["--data", tmp_path / "empty"], "holds nothing"),
         ("train.py", ["--data", photos, "--out", at / "run"], "--resume goes on"),
         ("train.py", ["--data", photos, "--out", tmp_path / "new", "--resume"], "no such checkpoint"),
+        ("train.py", ["--data", photos, "--out", at / "run", "--resume", "--lr", "0.1"], "--lr 0.1: the run"),
         ("train.py", ["--data", photos, "--evaluate", half], "half.pt: is not a checkpoint"),
         ("train.py", ["--data", photos, "--evaluate", text], "text.pt: is not a checkpoint"),
         ("train.py", ["--data", photos, "--out", tmp_path / "new", "--level", "5"], "level is 5"),

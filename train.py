@@ -46,7 +46,7 @@ class Config:
     hidden: int = knob(16, "channels of the hidden state")
     passes: int = knob(3, "N, how often the network sees each photo")
     alpha: float = knob(0.4, "pass t weighs alpha**(N - t) in the loss; 1 weighs all alike")
-    size: int = knob(0, "short side of the photos in pixels; 0: 160, or less where most photos are smaller")
+    size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most photos are smaller")
     crop: int = knob(0, "side of the training crops; 0: as --size")
     rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up")
     void: int = knob(VOID, "class id in the masks that neither trains nor counts, besides 255")
@@ -313,14 +313,17 @@ def parse(argv=None):
     cli.add_argument("--evaluate", type=Path, metavar="CKPT", help="print the table of this checkpoint; train nothing")
     first = cli.parse_args(argv)
     first.out = first.out or f"runs/{Path(first.data).resolve().name}"
-    saved = first.evaluate or (Path(first.out) / "last.pt" if first.resume else None)
-    if saved:
-        cli.set_defaults(**asdict(load(saved)[1]))
+    start = first.evaluate or (Path(first.out) / "last.pt" if first.resume else None)
+    saved = asdict(load(start)[1]) if start else {}
+    cli.set_defaults(**saved)
     args = vars(cli.parse_args(argv)) | {"out": first.out}
     resume, checkpoint = args.pop("resume"), args.pop("evaluate")
     c = checked(Config(**args))
+    for name in saved.keys() - {"data", "out", "workers"} if resume else ():
+        if args[name] != saved[name]:
+            raise ValueError(f"--{name} {args[name]}: the run in {c.out} has {saved[name]}; leave it out, or start a new run")
     if not c.size:
-        c.size = min(160, open_dataset(c.data, "train", void=c.void).typical)
+        c.size = min(128, open_dataset(c.data, "train", void=c.void).typical)
     return c, resume, checkpoint
 
 
