@@ -24,7 +24,7 @@ A pass t takes the image x, the last segmentation s and the hidden state h, whic
     h            h_t                                         (B, C_h, H/2^l, W/2^l)
     a_z, a_c     f_z(e), f_c(r * e), before sigmoid, tanh    as h
 
-B is the batch, K the classes. The numbers are those of tutorial.md. Every pooling rounds odd sizes up.
+B is the batch, K the classes. Every pooling rounds odd sizes up.
 """
 
 from functools import partial

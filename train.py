@@ -86,7 +86,7 @@ def on(device, net):
 
 
 def recurrent_loss(masks, truth, alpha):
-    """sum_t alpha^(N-t) CE(s_t, truth): every pass is taught, the last most. Eq. (7)."""
+    """sum_t alpha^(N-t) CE(s_t, truth): every pass is taught, the last one most."""
     return sum(alpha ** (len(masks) - t) * F.cross_entropy(s, truth, ignore_index=VOID) for t, s in enumerate(masks, 1))
 
 
@@ -97,7 +97,7 @@ def confusion(prediction, truth, classes):
 
 
 def scores(matrix):
-    """Eq. (8), from one confusion matrix over the whole split. A class that neither occurs nor is predicted has no score."""
+    """From one confusion matrix over the whole split. A class that neither occurs nor is predicted has no score."""
     matrix = matrix.double()
     hit, true, called = matrix.diag(), matrix.sum(1), matrix.sum(0)
     iou, precision, recall = hit / (true + called - hit), hit / called, hit / true

@@ -1,6 +1,6 @@
 """What to feed back and where to start: the measured comparison behind RecurrentUNet.start and .step.
 
-    python results/start.py DATA OUT SEED [SEED ...]    10 epochs each, short side 60; appends a line a run to OUT
+    python results/start.py DATA OUT SEED [SEED ...]    6 epochs each, short side 60; appends a line a run to OUT
 """
 
 import csv
@@ -47,7 +47,7 @@ if __name__ == "__main__":
         for name, how in VARIANTS.items():
             train.build = lambda c, classes, how=how: Variant(*how)
             with TemporaryDirectory() as out:
-                train.train(train.Config(data=data, out=out, size=60, epochs=10, seed=seed))
+                train.train(train.Config(data=data, out=out, size=60, epochs=6, seed=seed))
                 last = list(csv.DictReader(open(f"{out}/log.csv")))[-1]
             with open(table, "a", newline="") as file:
                 csv.writer(file).writerow([Path(data).name, name, seed, *(f"{float(last[f'IoU_{t}']):.4f}" for t in (1, 2, 3))])
