@@ -42,11 +42,15 @@ def open_picture(path):
 def read_photo(path):
     """Any photograph as RGB: grey, palette, transparent, 16-bit."""
     photo = open_picture(path)
-    if photo.mode == "F":
-        raise ValueError(f"{path}: holds floating-point values of unknown range; save it with 8 or 16 bits")
+    check_mode(path, photo)
     if photo.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip at 255, not scale
         photo = Image.fromarray((np.asarray(photo).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
     return photo.convert("RGBA" if photo.mode == "P" else "RGB").convert("RGB")
+
+
+def check_mode(path, photo):
+    if photo.mode == "F":
+        raise ValueError(f"{path}: holds floating-point values of unknown range; save it with 8 or 16 bits")
 
 
 def read_labels(path):
@@ -94,8 +98,7 @@ def pair_up(folder, names, problems):
     """Match folder/images and folder/masks by name; `names` are the wanted ones, or None for all."""
     images, masks = by_stem(folder / "images", problems), by_stem(folder / "masks", problems)
     pairs = []
-    for name in sorted(images.keys() | masks.keys()) if names is None else names:
-        stem = name if name in images or name in masks or Path(name).suffix.lower() not in ENDINGS else Path(name).stem
+    for stem in sorted(images.keys() | masks.keys()) if names is None else names:
         missing = [kind for kind, files in (("images", images), ("masks", masks)) if stem not in files]
         if missing:
             wanted = " and ".join(f"{folder / kind}/{stem}.*" for kind in missing)
@@ -130,7 +133,8 @@ def find_pairs(root):
                 if not path.exists():
                     found.problems.append(f"{path}: missing; write all three lists, or none for a seeded split")
                     continue
-                names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+                lines = [Path(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+                names = [line.stem if line.suffix.lower() in ENDINGS else line.name for line in lines]
                 for name in names:
                     if name in seen:
                         found.problems.append(f"{path}: names {name}, which {seen[name].name} has already; once is enough")
@@ -139,8 +143,8 @@ def find_pairs(root):
         else:
             found = Survey("seeded split 70/15/15, seed 0")
             pairs = pair_up(root, None, found.problems)
-            order, held = np.random.default_rng(0).permutation(len(pairs)), max(1, round(0.15 * len(pairs)))
-            parts = order[2 * held :], order[:held], order[held : 2 * held]
+            order, part = np.random.default_rng(0).permutation(len(pairs)), max(1, round(0.15 * len(pairs)))
+            parts = order[2 * part :], order[:part], order[part : 2 * part]
             found.pairs = {split: [pairs[i] for i in sorted(part)] for split, part in zip(SPLITS, parts)}
     elif all((folder / kind).is_dir() for folder in folders for kind in ("images", "masks")):
         found = Survey("train/, val/, test/")
@@ -157,17 +161,22 @@ def find_pairs(root):
 
 @lru_cache(maxsize=8)  # the three splits of a folder are opened one after the other
 def survey(root, void=VOID):
-    """Open every mask and the head of every photo, so that a bad file is known before training, not in its third hour."""
+    """Decode every mask and every photo once, so that a bad file is known before training, not in its third hour."""
     found = find_pairs(Path(root))
-    for _, photo, mask, _ in (pair for pairs in found.pairs.values() for pair in pairs):
+    for _, photo, mask, fov in (pair for pairs in found.pairs.values() for pair in pairs):
         try:
             with Image.open(photo) as head:
                 turned = head.getexif().get(0x0112, 1) >= 5
                 found.sizes[photo] = size = head.size[::-1] if turned else head.size
+                check_mode(photo, head)
+                head.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size
+                head.load()
             labels = read_labels(mask)
-            if labels.shape[::-1] != size:
-                w, h = labels.shape[::-1]
-                found.problems.append(f"{mask}: is {w}x{h}, its photo is {size[0]}x{size[1]}; they must match pixel by pixel")
+            for other, shape in ((mask, labels.shape), (fov, fov and read_labels(fov).shape)):
+                if shape and shape[::-1] != size:
+                    found.problems.append(
+                        f"{other}: is {shape[1]}x{shape[0]}, its photo is {size[0]}x{size[1]}; they must match pixel by pixel"
+                    )
             if labels.min() < 0 or labels.max() > 255:
                 found.problems.append(f"{mask}: holds values from {labels.min()} to {labels.max()}; wanted 0 to 255")
                 continue
@@ -216,7 +225,8 @@ class Photos(torch.utils.data.Dataset):
         sides = sorted(min(found.sizes[photo]) for _, photo, _, _ in self.pairs)
         self.typical = sides[len(sides) // 2]  # short side of the median photo
         self.crop = crop or size or self.typical
-        self.repeat, self.epoch, self.cache = 1, 0, {}
+        self.repeat, self.epoch = 1, 0
+        self.cache = {} if size and 6 * size * size * len(self.pairs) < 1e9 else None  # decode once what fits in a gigabyte
 
     def __len__(self):
         return len(self.pairs) * self.repeat
@@ -240,11 +250,12 @@ class Photos(torch.utils.data.Dataset):
             raise IndexError(k)  # which is also what ends `for image, mask in dataset`
         i = k % len(self.pairs)
         if self.augment:
-            if i not in self.cache:
-                self.cache[i] = self.read(i)
+            image, mask = (self.cache or {}).get(i) or self.read(i)
+            if self.cache is not None:
+                self.cache[i] = image, mask
             # seeded by what is asked for, not by what came before: neither workers nor resuming change a crop
             rng = np.random.default_rng([self.seed, self.epoch, k])
-            image, mask = augment(*self.cache[i], self.crop, self.rotate, rng)
+            image, mask = augment(image, mask, self.crop, self.rotate, rng)
         else:
             image, mask = self.read(i)
         return normalise(image), torch.from_numpy(np.array(mask, np.int64))
@@ -259,7 +270,7 @@ def augment(image, mask, crop, rotate, rng):
     cos, sin, mid = np.cos(angle) / scale, np.sin(angle) / scale, crop / 2
     a, b, d, e = flip * cos, -sin, flip * sin, cos  # output (u, v), from its middle -> photo (x, y), from (cx, cy)
     how = (a, b, cx - (a + b) * mid, d, e, cy - (d + e) * mid)
-    grey = tuple(int(255 * m) for m in MEAN)  # zero after normalisation
+    grey = tuple(int(255 * m) for m in MEAN)
     image = image.transform((crop, crop), Image.AFFINE, how, Image.BILINEAR, fillcolor=grey)
     mask = mask.transform((crop, crop), Image.AFFINE, how, Image.NEAREST, fillcolor=VOID)
     image = ImageEnhance.Color(image).enhance(rng.uniform(0.6, 1.4))
@@ -293,7 +304,7 @@ def check(root, void):
     found = survey(str(root), void)
     print(f"{root}: {found.layout}, {found.classes} classes")
     for split, pairs in found.pairs.items():
-        sizes = sorted({found.sizes[photo] for _, photo, _, _ in pairs if photo in found.sizes})
+        sizes = sorted({found.sizes[photo] for _, photo, _, _ in pairs if photo in found.sizes}, key=np.prod)
         pixels = sum((found.pixels[mask] for _, _, mask, _ in pairs if mask in found.pixels), np.zeros(256, int))
         shares = ", ".join(f"{value}: {pixels[value] / pixels.sum():.1%}" for value in np.flatnonzero(pixels))
         span = f"{sizes[0][0]}x{sizes[0][1]} to {sizes[-1][0]}x{sizes[-1][1]}" if sizes else "-"

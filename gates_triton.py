@@ -1,4 +1,4 @@
-"""The gates of rurnet.py as fused Triton kernels: the same functions and gradients at a quarter of the memory traffic.
+"""The gates of rurnet.py as fused Triton kernels: the same functions and gradients for a quarter to three fifths of the traffic.
 
     from gates_triton import fuse
     net = fuse(RecurrentUNet())            # in place; on a CPU it computes what it did before
@@ -6,7 +6,7 @@
 Why fuse. A GPU computes faster than its memory delivers: an H200 issues some 33e12 float32 instructions a second and
 moves 4.8e12 bytes, 7 instructions a byte. An update gate is about 50 instructions for the 16 bytes that it must read
 and write, 3 a byte: the arithmetic is free, and time is traffic. (In half precision it is 6 a byte, and little to
-spare.) The unit to count in is the *memory pass*, one tensor read or written once. Eager PyTorch runs eq. (5),
+spare.) The unit to count in is the *memory pass*, one tensor read or written once. Eager PyTorch runs the update,
 h_t = z * h + (1 - z) * c, as six kernels, each of which sends its result through memory to the next:
 
     z = sigmoid(a_z) 2    c = tanh(a_c) 2    z * h 3    1 - z 2    (1 - z) * c 3    their sum 3      = 15 passes
@@ -26,6 +26,7 @@ than a small tensor's traffic: at batch 1 replay the network from a CUDA graph. 
 from __future__ import annotations  # so that `BLOCK: tl.constexpr` is not looked up where triton is missing
 
 import functools
+import os
 import statistics
 
 import torch
@@ -37,7 +38,7 @@ except ImportError:  # macOS, Windows
     triton = None
 
 # TRITON_INTERPRET=1, set before triton is imported, runs kernels in numpy, line by line: how a CPU tests them
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024  # elements a program: 8 a thread, so a thread asks for one or two 16-byte pieces of each input at once
 
 PASSES = {  # memory passes: fused, eager, and with torch.lerp(c, h, z) for eq. (5). The tests count them.

@@ -7,6 +7,7 @@ Writes NAME.png (0 and 255, or class ids) at the photo's own size, and NAME_over
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from data import ENDINGS, normalise, read_photo
-from train import autocast, enlarge, load_net, segment, shrink
+from train import autocast, to_mask, load_net, segment, to_size
 
 COLOURS = np.uint8([(0, 0, 0), (0, 200, 160), (255, 120, 60), (90, 120, 255), (255, 210, 60), (220, 80, 200), (120, 210, 60)])
 
@@ -35,19 +36,21 @@ def overlay(photo, mask):
 
 
 def find_inputs(paths):
-    """Files and the pictures of folders, in order of name, none twice and no two of the same name."""
+    """Files and the pictures of folders, in order of name (2 before 10), none twice and no two of the same name."""
     files = {}
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = [p for p in path.iterdir() if p.suffix.lower() in ENDINGS and not p.name.startswith(".")]
         if not found:
             raise ValueError(f"{path}: holds no pictures ({', '.join(sorted(ENDINGS))})")
         for file in found:
             other = files.setdefault(file.stem, file)
             if other.resolve() != file.resolve():
                 raise ValueError(f"{file} and {other}: would both become {file.stem}.png; give them different names or runs")
-    return list(files.values())
+    return [files[stem] for stem in sorted(files, key=lambda stem: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", stem)])]
 
 
 @torch.no_grad()
@@ -82,12 +85,12 @@ def main():
             continue
         image = normalise(photo).to(device)
         if args.frames:
-            frame = shrink(image, config.size)
+            frame = to_size(image, config.size)
             if state is None or state[0].shape[2:] != frame.shape[2:]:
                 state = net.start(frame)
             with autocast(device):
                 s, state = net.step(frame, state)
-            mask = enlarge(s, image.shape[1:]).numpy()
+            mask = to_mask(s, image.shape[1:]).numpy()
         else:
             mask = segment(net, image, config.size, config.passes)[-1].numpy()
         Image.fromarray((mask * (255 if classes == 2 else 1)).astype(np.uint8)).save(mask_path)

@@ -5,7 +5,7 @@ copying this file into another project is enough:
 
     from rurnet import RecurrentUNet
     net = RecurrentUNet(classes=2)    # DRU(4), 364,338 parameters
-    masks = net(image)                # (B, 3, H, W) -> [logits (B, 2, H, W)] * 3, one a pass, the last the best
+    masks = net(image)                # (B, 3, H, W) -> [logits (B, 2, H, W)] * 3, one a pass
 
 A pass t takes the image x, the last segmentation s and the hidden state h, which lives below the l-th pooling:
 
@@ -14,7 +14,7 @@ A pass t takes the image x, the last segmentation s and the hidden state h, whic
     r   = sigmoid(f_r(e_t))                                  reset gate: how much of e is seen          (3)
     c   = tanh(f_c(r * e_t))                                 candidate; SRU: tanh(f_c(e_t)), no r       (4)
     h_t = z * h_{t-1} + (1 - z) * c                          keep or rewrite                            (5)
-    s_t = head(decoder(f_s(h_t)))                            logits of the new segmentation             (6)
+    s_t = head(decoder(f_s(h_t), skips of e_t))              logits of the new segmentation             (6)
 
     in code      meaning                                     shape
     image        x, normalised                               (B, 3, H, W)
@@ -55,7 +55,7 @@ class DoubleConv(nn.Sequential):
     """(3x3 convolution, group norm, ReLU) twice: (B, c_in, H, W) -> (B, c_out, H, W). `end` replaces the last ReLU."""
 
     def __init__(self, c_in, c_out, end=nn.ReLU):
-        def group_norm():  # eight channels a group. Eight groups of one would erase a photo's colour from the first layer on
+        def group_norm():  # eight channels a group. Eight groups of one channel would erase a photo's colour
             return nn.GroupNorm(gcd(c_out, max(1, c_out // 8)), c_out)
 
         super().__init__(
@@ -146,7 +146,7 @@ class DRU(nn.Module):
 
 
 class SRU(nn.Module):
-    """Single-gated recurrent unit: DRU without the reset gate, a quarter to a third lighter."""
+    """Single-gated recurrent unit: DRU without the reset gate, a third lighter (a fifth at level 4)."""
 
     def __init__(self, c_e, c_h, net=partial(DoubleConv, end=nn.Identity), update=gated_update):
         super().__init__()
@@ -168,7 +168,7 @@ class RecurrentUNet(nn.Module):
 
     classes          K, at least 2; the background is one of them
     unit, level      "dru" or "sru"; l = 0 (the unit is the whole U-Net) to 4 (the bottleneck alone)
-    width, hidden    channels at level 0, doubled by every pooling; channels of the state, at most those of its level
+    width, hidden    channels at level 0, doubled by every pooling; channels of the state, cut to those of its level
     passes           N, how often `forward` looks at each image unless told otherwise
 
     Images: floating point, any batch, any height and width from 16. Anything else is a ValueError.
