@@ -36,8 +36,8 @@ def noise(rng, size, across, down):
     return np.asarray(Image.fromarray(grid).resize(size, Image.BILINEAR))
 
 def draw_desk(rng, size):
-    colour, tone = pick_colour(rng, .05), 1 + .08 * noise(rng, size, 4, 3)
-    if rng.random() < .1:  # wood
+    colour, tone = pick_colour(rng), 1 + .08 * noise(rng, size, 4, 3)
+    if rng.random() < .04:  # wood
         colour = np.array((152, 106, 70)) * rng.uniform(.45, 1.4) + rng.uniform(-12, 12, 3)
         rings = np.sin(noise(rng, size, 6, 14) * rng.uniform(15, 40))
         tone = tone + .05 * rings + .06 * noise(rng, size, 8, 120) + .03 * noise(rng, size, 20, 60)
@@ -166,7 +166,7 @@ def draw_hand_photo(rng, width=160, height=120):
     canvas, mask = draw_desk(rng, size), Image.new("L", size)
     def somewhere(margin=0.):
         return complex(*rng.uniform(margin, 1 - margin, 2) * size)
-    kinds, tricky = [kind for kind in [*ROUND, *FLAT] if kind not in ("ruler", "envelope")], rng.random() < .2
+    kinds, tricky = [kind for kind in [*ROUND, *FLAT] if kind not in ("ruler", "envelope")], rng.random() < .12
     for kind in rng.choice([*ROUND, "ruler", "envelope"] if tricky else kinds, rng.integers(3, 8)):
         draw_object(rng, canvas, light, kind, somewhere(), .6 * tricky)
     skin, two, side = pick_colour(rng, 1), rng.random() < .15, rng.choice(4, p=(.5, .2, .1, .2)) * np.pi / 2
