@@ -92,7 +92,7 @@ def main():
                 s, state = net.step(frame, state)
             mask = to_mask(s, image.shape[1:]).numpy()
         else:
-            mask = segment(net, image, config.size, config.passes)[-1].numpy()
+            mask = segment(net, image, config)[-1].numpy()
         Image.fromarray((mask * (255 if classes == 2 else 1)).astype(np.uint8)).save(mask_path)
         overlay(photo, mask).save(overlay_path, quality=92)
     print(f"{len(inputs) - failed} masks in {args.out}/" + (f", {failed} pictures could not be read" if failed else ""))

@@ -1037,6 +1037,18 @@ def test_evaluate_prints_the_table_again(trained):
     assert more.stdout.splitlines()[-5:-2] == printed.splitlines()[-3:]  # five passes begin with the same three
 
 
+def test_two_views_are_the_mean_of_photo_and_mirror(trained):
+    at, _ = trained
+    net, c, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
+    image, c.views = data.normalise(read_photo(at / "photos/images/p1.png")), 2
+    once, mirrored = train.segment(net, image, c), train.segment(net, image.flip(-1), c)
+    assert all(torch.equal(a, b.flip(-1)) for a, b in zip(once, mirrored))  # no left or right is preferred
+    with torch.no_grad():
+        small = train.to_size(image, c.size)
+        both = [sum(x) for x in zip(*([s.softmax(1) for s in net(small)], [s.softmax(1).flip(-1) for s in net(small.flip(-1))]))]
+    assert all(torch.equal(a, train.to_mask(b, image.shape[1:])) for a, b in zip(once, both))
+
+
 def test_resume_ends_in_the_same_weights_bit_for_bit(trained, tmp_path, monkeypatch):
     at, _ = trained
 
@@ -1079,7 +1091,7 @@ def test_masks_have_the_size_of_their_photos(trained, tmp_path):
     assert turned.size == (33, 61) and set(np.unique(turned)) <= {0, 255}
     assert Image.open(tmp_path / "out/turned_overlay.jpg").size == (33, 61)
     net, config, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
-    want = train.segment(net, data.normalise(read_photo(at / "photos/images/p0.png")), config.size)[-1]
+    want = train.segment(net, data.normalise(read_photo(at / "photos/images/p0.png")), config)[-1]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/p0.png")), want * 255)
 
 

@@ -50,6 +50,7 @@ class Config:
     crop: int = knob(0, "side of the training crops; 0: as --size")
     rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up")
     void: int = knob(VOID, "class id in the masks that neither trains nor counts, besides 255")
+    views: int = knob(1, "2 averages every photo with its mirror image when scoring, as the official code does", choices=[1, 2])
     epochs: int = knob(30, "one shows every photo once, or as many times as make 400")
     batch: int = knob(8, "photos a step")
     lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle")
@@ -124,19 +125,23 @@ def to_mask(s, shape):
 
 
 @torch.no_grad()
-def segment(net, image, size, passes=None):
+def segment(net, image, c):
     """Image (3, H, W) of any size -> the class ids (H, W) after every pass."""
+    small = to_size(image, c.size)
     with autocast(image.device):
-        masks = net(to_size(image, size), passes)
+        masks = net(small, c.passes)
+        if c.views == 2:
+            mirrored = net(small.flip(-1), c.passes)
+            masks = [s.softmax(1) + m.softmax(1).flip(-1) for s, m in zip(masks, mirrored)]
     return [to_mask(s, image.shape[-2:]) for s in masks]
 
 
-def evaluate(net, dataset, size, passes, device):
+def evaluate(net, dataset, c, device):
     """(N, K, K): one confusion matrix a pass, over the whole split."""
     net.eval()
     matrices = 0
     for image, truth in tqdm(dataset, desc="evaluate", leave=False, disable=None):
-        masks = segment(net, image.to(device), size, passes)
+        masks = segment(net, image.to(device), c)
         matrices += torch.stack([confusion(mask, truth, dataset.classes) for mask in masks])
     return matrices
 
@@ -231,7 +236,7 @@ def train(c, resume=False):
             mean.update_parameters(net)
             total += loss.item()
         speed = steps * c.batch / (time.time() - began)
-        rows = [scores(matrix) for matrix in evaluate(mean.module, held_out, c.size, c.passes, device)]
+        rows = [scores(matrix) for matrix in evaluate(mean.module, held_out, c, device)]
         seconds, score = time.time() - began, rows[-1]["mIoU"]
         row = {"epoch": epoch, "loss": total / steps, "lr": schedule.get_last_lr()[0], "seconds": seconds}
         log.append(row | {f"{name}_{t}": value for t, scored in enumerate(rows, 1) for name, value in scored.items()})
@@ -271,13 +276,13 @@ def write_log(log, out):
     plt.close(figure)
 
 
-def draw_samples(net, dataset, size, passes, device, path, rows=4, height=160):
+def draw_samples(net, dataset, c, device, path, rows=4, height=160):
     """A row each: photo, truth, the mask after pass 1, 2, ..., N."""
     net.eval()
     lines = []
     for i in np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(int):
         image, truth = dataset[i]
-        masks = segment(net, image.to(device), size, passes)
+        masks = segment(net, image.to(device), c)
         photo = ((image.numpy().transpose(1, 2, 0) * STD + MEAN) * 255).round().astype(np.uint8)
         greys = [np.where(m == VOID, 96, m * 255 // (dataset.classes - 1)).astype(np.uint8) for m in (truth, *masks)]
         pictures = [Image.fromarray(photo)] + [Image.fromarray(grey).convert("RGB") for grey in greys]
@@ -295,9 +300,9 @@ def test(c, checkpoint):
     photos = open_dataset(c.data, "test", void=c.void)
     if photos.classes != classes:
         raise ValueError(f"{checkpoint}: knows {classes} classes, {c.data} has {photos.classes}; evaluate on data of the same kind")
-    matrices = evaluate(net, photos, c.size, c.passes, device)
+    matrices = evaluate(net, photos, c, device)
     print_table(matrices, f"{c.data}, {len(photos)} test photos, {checkpoint}")
-    draw_samples(net, photos, c.size, c.passes, device, checkpoint.parent / "samples.png")
+    draw_samples(net, photos, c, device, checkpoint.parent / "samples.png")
 
 
 # ---------------------------------------------------------------- main
