@@ -26,7 +26,7 @@ def pick_colour(rng, skin=0.):
     t, i = np.modf(rng.uniform(0, len(SKINS) - 1))
     tone = (SKINS[int(i)] * (1 - t) + SKINS[int(i) + 1] * t) * rng.uniform(.95, 1.05, 3)
     other = rng.uniform(30, 210) + rng.uniform(-60, 60, 3)
-    if other[0] > other[1] > other[2]:  # the order that all skin has
+    if other[0] == max(other):  # skin is red before all
         other = other[::-1]
     return tone if rng.random() < skin else other
 
@@ -37,8 +37,8 @@ def noise(rng, size, across, down):
 
 def draw_desk(rng, size):
     colour, tone = pick_colour(rng), 1 + .08 * noise(rng, size, 4, 3)
-    if rng.random() < .04:  # wood
-        colour = np.array((152, 106, 70)) * rng.uniform(.45, 1.4) + rng.uniform(-12, 12, 3)
+    if rng.random() < .3:  # bleached wood
+        colour = np.array((120, 124, 122)) * rng.uniform(.6, 1.5)
         rings = np.sin(noise(rng, size, 6, 14) * rng.uniform(15, 40))
         tone = tone + .05 * rings + .06 * noise(rng, size, 8, 120) + .03 * noise(rng, size, 20, 60)
     else:  # from smooth to coarse cloth
