@@ -199,7 +199,7 @@ def train(c, resume=False):
     torch.manual_seed(c.seed)
     net = on(device, build(c, photos.classes))
     steps = len(photos) // c.batch or 1
-    # AdamW, one cycle: the same for every dataset here. 1.5e-3 learned too slowly, 1.2e-2 no faster
+    # AdamW, one cycle: the same for every dataset here
     optimiser = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, c.lr, total_steps=c.epochs * steps)
     # on small sets the weights of single steps swing by ten points of validation IoU, their running mean does not
