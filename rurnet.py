@@ -24,7 +24,7 @@ A pass t takes the image x, the last segmentation s and the hidden state h, whic
     h            h_t                                         (B, C_h, H/2^l, W/2^l)
     a_z, a_c     f_z(e), f_c(r * e), before sigmoid, tanh    as h
 
-B is the batch, K the classes. Every pooling rounds odd sizes up.
+B is the batch, K the classes. Every pooling rounds odd sizes up. Equation numbers are those of tutorial.md.
 """
 
 from functools import partial
@@ -55,8 +55,8 @@ class DoubleConv(nn.Sequential):
     """(3x3 convolution, group norm, ReLU) twice: (B, c_in, H, W) -> (B, c_out, H, W). `end` replaces the last ReLU."""
 
     def __init__(self, c_in, c_out, end=nn.ReLU):
-        def group_norm():  # eight channels a group. Eight groups of one channel would erase a photo's colour
-            return nn.GroupNorm(gcd(c_out, max(1, c_out // 8)), c_out)
+        def group_norm():  # at least two channels a group: a group of one would erase a photo's colour
+            return nn.GroupNorm(gcd(c_out, min(8, max(1, c_out // 2))), c_out)
 
         super().__init__(
             nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), group_norm(), nn.ReLU(),
@@ -196,26 +196,26 @@ class RecurrentUNet(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def start(self, image):
-        """The state before the first pass: s_0 and h_0 all zero, that is, every class as likely and nothing remembered."""
+        """The state before the first pass: a mask without any class, as no later one can be, and nothing remembered."""
         check_image(image, self)
         (b, _, *size), dtype = image.shape, self.head.weight.dtype
-        s = torch.zeros(b, self.classes, *size, dtype=dtype, device=image.device)
+        mask = torch.zeros(b, self.classes, *size, dtype=dtype, device=image.device)
         h = torch.zeros(b, self.hidden, *(-(-n // 2**self.level) for n in size), dtype=dtype, device=image.device)
-        return s, h
+        return mask, h
 
     def step(self, image, state):
-        """One pass, eqs. (1)-(6): image and (s, h) -> logits and the next (s, h). A video gives each frame the last state."""
+        """One pass, eqs. (1)-(6): image and (mask, h) -> logits and the next (mask, h). A video hands the state on."""
         check_image(image, self)
-        s, h = state
-        if s.shape[0] != image.shape[0] or s.shape[2:] != image.shape[2:]:
+        mask, h = state
+        if mask.shape[0] != image.shape[0] or mask.shape[2:] != image.shape[2:]:
             raise ValueError(
-                f"the state belongs to a batch of {s.shape[0]} at {tuple(s.shape[2:])}, the image is {tuple(image.shape)}; "
+                f"the state belongs to a batch of {mask.shape[0]} at {tuple(mask.shape[2:])}, the image is {tuple(image.shape)}; "
                 "call start(image) where batch or size changes"
             )
-        e, skips = self.outer.encode(torch.cat([image, s.softmax(1)], dim=1))  # probabilities, not logits: bounded input
+        e, skips = self.outer.encode(torch.cat([image, mask], dim=1))
         h = self.unit(e, h)
         s = self.head(self.outer.decode(self.f_s(h), skips))
-        return s, (s, h)
+        return s, (s.softmax(1), h)  # probabilities are fed back, not logits: they stay within 0 and 1
 
     def forward(self, image, passes=None):
         """Image (B, 3, H, W) -> the logits (B, K, H, W) of every pass, in order."""

@@ -64,7 +64,7 @@ def test_gates_equal_their_equations(shape, seed):
 
 def norm(x, weight, bias):
     """Group normalisation from its definition."""
-    groups = x.unflatten(1, (-1, min(8, x.shape[1])))  # eight channels each
+    groups = x.unflatten(1, (min(8, x.shape[1] // 2), -1))
     mean, var = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), keepdim=True, correction=0)
     return ((groups - mean) / (var + 1e-5).sqrt()).flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
 
@@ -75,10 +75,9 @@ def double_conv(p, at, x, last_relu=True):
     return x.clamp(min=0) if last_relu else x
 
 
-def one_pass(p, unit, image, s, h):
+def one_pass(p, unit, image, mask, h):
     """Eqs. (1)-(6) at level 4, written out on the numbers of a state dict: the network a second time, without its classes."""
-    p_s = torch.exp(s) / torch.exp(s).sum(1, keepdim=True)
-    x, skips = torch.cat([image, p_s], 1), []
+    x, skips = torch.cat([image, mask], 1), []
     for level in range(4):
         skips.append(double_conv(p, f"outer.down.{level}", x))
         x = F.max_pool2d(F.pad(skips[-1], (0, -skips[-1].shape[3] % 2, 0, -skips[-1].shape[2] % 2), value=-torch.inf), 2)
@@ -101,9 +100,10 @@ def test_network_equals_its_equations(unit, shape):
     for parameter in net.parameters():  # away from the ones and zeros of a fresh network
         parameter.data += 0.1 * torch.randn_like(parameter)
     p = net.state_dict()
-    s, h = torch.zeros(shape[0], 3, *shape[2:]).double(), torch.zeros(shape[0], 16, *(-(-n // 16) for n in shape[2:])).double()
+    mask, h = torch.zeros(shape[0], 3, *shape[2:]).double(), torch.zeros(shape[0], 16, *(-(-n // 16) for n in shape[2:])).double()
     for got in net(image, 3):
-        s, h = one_pass(p, unit, image, s, h)
+        s, h = one_pass(p, unit, image, mask, h)
+        mask = torch.exp(s) / torch.exp(s).sum(1, keepdim=True)
         torch.testing.assert_close(got, s)
 
 
@@ -165,7 +165,7 @@ def test_one_more_pass_changes_no_earlier_mask_and_step_is_forward(passes, level
     assert len(masks) == passes and len(longer) == passes + 1
     for a, b in zip(masks, longer):
         s, state = net.step(image, state)
-        assert torch.equal(a, b) and torch.equal(a, s) and torch.equal(s, state[0])
+        assert torch.equal(a, b) and torch.equal(a, s) and torch.equal(s.softmax(1), state[0])
     assert not torch.equal(longer[-2], longer[-1])  # the state does reach the next mask
 
 

@@ -1,7 +1,7 @@
-"""How many channels a group of the group norm should hold: plain U-Net, 300 steps of 4 augmented crops, one seed.
+"""How many groups the group norm should have: plain U-Net, 300 steps of 4 augmented crops, one seed.
 
-    python results/norm.py hands/ 84 84 results/norm.csv          data, short side, crop, table to append to;
-    python results/norm.py DRIVE/ 565 112 results/norm.csv        under a minute a line on one core
+    python results/norm.py results/norm.csv hands/ 84 84         table to append to, data, short side, crop;
+    python results/norm.py results/norm.csv DRIVE/ 565 112       about a minute a line on one core
 
 With as many groups as channels, group norm takes every photo's own mean off every channel, and with it its colour.
 """
@@ -20,9 +20,9 @@ from train import Config, evaluate, recurrent_loss, scores
 
 NORMS = {
     "8 groups": lambda c: nn.GroupNorm(8, c),
-    "2 groups": lambda c: nn.GroupNorm(2, c),
-    "1 group": lambda c: nn.GroupNorm(1, c),
-    "8 channels a group": lambda c: nn.GroupNorm(c // 8, c),
+    "8 groups of 2 channels or more": lambda c: nn.GroupNorm(min(8, c // 2), c),
+    "8 groups of 4 channels or more": lambda c: nn.GroupNorm(min(8, c // 4), c),
+    "groups of 8 channels": lambda c: nn.GroupNorm(c // 8, c),
     "batch norm": nn.BatchNorm2d,
 }
 
@@ -35,7 +35,7 @@ def with_norm(net, norm):
     return net
 
 
-def main(data, size, crop, table):
+def main(table, data, size, crop):
     photos = open_dataset(data, "train", int(size), augment=True, crop=int(crop), rotate=15 if size == crop else 180)
     photos.repeat = -(-1200 // len(photos))
     order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0)).tolist()
