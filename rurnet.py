@@ -55,8 +55,8 @@ class DoubleConv(nn.Sequential):
     """(3x3 convolution, group norm, ReLU) twice: (B, c_in, H, W) -> (B, c_out, H, W). `end` replaces the last ReLU."""
 
     def __init__(self, c_in, c_out, end=nn.ReLU):
-        def group_norm():  # at least two channels a group: a group of one would erase a photo's colour
-            return nn.GroupNorm(gcd(c_out, min(8, max(1, c_out // 2))), c_out)
+        def group_norm():  # eight groups, or fewer of four channels: a group of one would erase a photo's colour
+            return nn.GroupNorm(gcd(c_out, min(8, max(1, c_out // 4))), c_out)
 
         super().__init__(
             nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), group_norm(), nn.ReLU(),

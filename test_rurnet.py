@@ -4,6 +4,7 @@ python -m pytest -q      about a minute and a half on two cores, no GPU, no down
 """
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: afterwards the kernels fail in confusing ways
 
 import data
+import figures
 import gates_triton
 import predict
 import train
@@ -64,7 +66,7 @@ def test_gates_equal_their_equations(shape, seed):
 
 def norm(x, weight, bias):
     """Group normalisation from its definition."""
-    groups = x.unflatten(1, (min(8, x.shape[1] // 2), -1))
+    groups = x.unflatten(1, (min(8, x.shape[1] // 4), -1))
     mean, var = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), keepdim=True, correction=0)
     return ((groups - mean) / (var + 1e-5).sqrt()).flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
 
@@ -1142,15 +1144,115 @@ def test_mistakes_get_one_sentence(trained, tmp_path, monkeypatch):
         assert words in stopped.value.code and stopped.value.code.startswith(f"{script}: "), args
 
 
-# ---------------------------------------------------------------- README.md
+# ---------------------------------------------------------------- tutorial.md, figures.py
 
 
-def test_readme_names_only_scripts_and_flags_that_exist():
-    text = (HERE / "README.md").read_text()
+PAGES = {name: (HERE / name).read_text(encoding="utf-8") for name in ("README.md", "tutorial.md")}
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+RUN_ALL = """
+import contextlib, io, json, subprocess, sys
+sys.path.insert(0, "")
+names, printed = {"__name__": "tutorial"}, []
+for line, kind, code in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        if kind == "python":
+            exec(compile("\\n" * line + code, "tutorial.md", "exec"), names)  # a traceback gives the page's own lines
+        else:
+            print(subprocess.run(["bash", "-ec", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    printed.append(out.getvalue())
+json.dump(printed, sys.stdout)
+"""
+
+
+def agrees(shown, printed):
+    """Word for word; but a number after "about" is the outcome of a training, and may differ by 0.05 on another machine."""
+    rough = r"(?<=about )\d\.\d+"
+    near = all(abs(float(a) - float(b)) <= 0.05 for a, b in zip(re.findall(rough, shown), re.findall(rough, printed)))
+    return near and re.sub(rough, "#", shown) == re.sub(rough, "#", printed)
+
+
+def test_tutorial_runs_and_prints_what_it_shows(tmp_path):
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    text, steps, shown = PAGES["tutorial.md"], [], []
+    for block in BLOCK.finditer(text):
+        if block[1] in ("python", "bash"):
+            steps.append((text.count("\n", 0, block.start(2)), block[1], block[2]))
+            shown.append("")
+        elif block[1] in ("text", "console"):
+            shown[-1] = block[2]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL], input=json.dumps(steps), capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    for (line, kind, _), want, got in zip(steps, shown, json.loads(done.stdout), strict=True):
+        if kind == "python":
+            assert agrees(want, got), f"tutorial.md, the block at line {line} prints:\n{got}"
+        else:  # the shell's lines are a training's log: its words count, its numbers do not
+            lines = [re.sub(r"[\d.]+", "#", text).split() for text in got.splitlines()]
+            assert all(re.sub(r"[\d.]+", "#", text).split() in lines for text in want.splitlines()), got
+    assert agrees("IoU about 0.75\n", "IoU about 0.79\n") and not agrees("IoU about 0.75\n", "IoU about 0.65\n")
+    assert not agrees("(1, 8)\n", "(1, 9)\n")
+
+
+def test_tutorial_quotes_the_code_as_it_is():
+    code = "\n".join(file.read_text(encoding="utf-8") for file in HERE.glob("*.py"))
+    quotes = [block[2] for block in BLOCK.finditer(PAGES["tutorial.md"]) if block[1] == "py"]
+    assert len(quotes) >= 3 and all(quote in code for quote in quotes)
+
+
+def test_equations_that_the_code_cites_exist():
+    tags = re.findall(r"\\tag\{(\d+)\}", PAGES["tutorial.md"])
+    assert sorted(map(int, tags)) == list(range(1, len(tags) + 1))
+    for file in HERE.glob("*.py"):
+        for cited in re.findall(r"\b[Ee]qs?\. ((?:\(\d+\)(?:, |-| and )?)+)", file.read_text(encoding="utf-8")):
+            assert set(re.findall(r"\d+", cited)) <= set(tags), (file, cited)
+
+
+def test_pages_show_every_picture_and_link_to_what_exists():
+    pictures = {name for text in PAGES.values() for alt, name in re.findall(r"!\[([^\]]*)\]\((.+?)\)", text) if len(alt) > 30}
+    assert pictures == {f"figures/{path.name}" for path in (HERE / "figures").iterdir()}
+    assert {path.stem for path in (HERE / "figures").iterdir()} == set(figures.FIGURES)
+    for text in PAGES.values():
+        heads = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)]
+        for link in re.findall(r"\]\(([^)]+)\)", text):
+            assert link[1:] in heads if link.startswith("#") else link.startswith("https:") or (HERE / link).exists(), link
+
+
+def test_drawings_come_out_as_committed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "architecture", "alpha", "traffic":
+        figures.FIGURES[name]()
+        got, want = (np.asarray(Image.open(at / f"figures/{name}.png").convert("RGB"), int) for at in (tmp_path, HERE))
+        assert got.shape == want.shape and abs(got - want).mean() < 1  # of 255: another matplotlib may smooth a letter otherwise
+
+
+def test_figures_of_a_trained_network_are_drawn(trained, tmp_path, monkeypatch):
+    at, _ = trained
+    monkeypatch.chdir(tmp_path)
+    for name in set(figures.FIGURES) - {"architecture", "alpha", "traffic"}:
+        with pytest.raises(ValueError, match="The first line of README.md"):
+            figures.FIGURES[name]()
+    monkeypatch.setattr(figures, "RUN", at / "run")
+    for name in figures.FIGURES:
+        figures.FIGURES[name]()
+        assert np.asarray(Image.open(f"figures/{name}.png").convert("L")).std() > 10
+    net, image = train.load_net(at / "run/best.pt", torch.device("cpu"))[0], torch.randn(3, 32, 48)
+    seen, masks = figures.look(net, image, 3), net(image[None])
+    assert all(torch.equal(at["p"], s.softmax(1)[0, 1]) for at, s in zip(seen, masks))
+    assert all(at[gate].min() >= 0 and at[gate].max() <= 1 for at in seen for gate in "zr")
+
+
+# ---------------------------------------------------------------- README.md and tutorial.md
+
+
+def test_pages_name_only_scripts_and_flags_that_exist():
+    text = "\n".join(PAGES.values())
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S))
     commands = re.findall(r"python (\w+\.py)([^&#\n]*)", blocks) + re.findall(r"`python (\w+\.py)([^`]*)`", text)
     assert len(commands) > 8
-    helps = {script: run(script, "--help").stdout for script in ("data.py", "train.py", "predict.py")}
+    helps = {script: run(script, "--help").stdout for script in ("data.py", "train.py", "predict.py", "figures.py")}
     for script, flags in commands:
         assert (HERE / script).exists()
         assert all(flag in helps[script] for flag in re.findall(r"--[a-z]+", flags)), (script, flags)

@@ -166,7 +166,7 @@ def draw_hand_photo(rng, width=160, height=120):
     canvas, mask = draw_desk(rng, size), Image.new("L", size)
     def somewhere(margin=0.):
         return complex(*rng.uniform(margin, 1 - margin, 2) * size)
-    kinds, tricky = [kind for kind in [*ROUND, *FLAT] if kind not in ("ruler", "envelope")], rng.random() < .12
+    kinds, tricky = [kind for kind in [*ROUND, *FLAT] if kind not in ("ruler", "envelope")], rng.random() < .25
     for kind in rng.choice([*ROUND, "ruler", "envelope"] if tricky else kinds, rng.integers(3, 8)):
         draw_object(rng, canvas, light, kind, somewhere(), .6 * tricky)
     skin, two, side = pick_colour(rng, 1), rng.random() < .15, rng.choice(4, p=(.5, .2, .1, .2)) * np.pi / 2

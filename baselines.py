@@ -1,0 +1,382 @@
+"""Every system that the paper compares, built from rurnet's parts; each reads as what it changes against the U-Net.
+
+    from baselines import build
+    net = build("dru-vgg16", classes=2, weights="vgg16.pth")
+    masks = net(image, passes=3)      # a list of logits (B, K, H, W); systems without recurrence answer a list of one
+
+    name                              what it is                                                          parameters
+    unet-b, unet-g                    one pass, batch or group norm                                          486,562
+    rec-simple                        the mask alone is fed back                                             486,706
+    rec-middle                        a convolutional GRU for a bottleneck; encoder once                     396,386
+    rec-last                          a convolutional GRU after the whole U-Net                              486,938
+    sru, dru                          rurnet.RecurrentUNet, with level, width and hidden                     364,338
+    unet-vgg16, dru-vgg16             encoder VGG-16
+    unet-resnet50, dru-resnet50       encoder ResNet-50
+    deeplabv3plus                     ResNet-50 at output stride 16, pyramid of dilated convolutions
+    refinenet                         ResNet-101, multi-resolution fusion, chained pooling
+
+`weights` names a file of torchvision's for the encoder (VGG-16, ResNet-50, ResNet-101), trained on ImageNet.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rurnet import DRU, DoubleConv, PlainUNet, RecurrentUNet, UNet, Up, check_image, check_passes, gated_reset, gated_update, widths_from
+
+# ---------------------------------------------------------------- the U-Net with one thing changed
+
+
+def unet_b(classes, width=8, image_channels=3):
+    """U-Net-B: batch norm in place of every group norm."""
+    net = PlainUNet(classes, width, image_channels)
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.GroupNorm):
+                setattr(module, name, nn.BatchNorm2d(child.num_channels))
+    return net
+
+
+class RecSimple(nn.Module):
+    """Rec-Simple, recursive refinement: the U-Net sees its last mask, eq. (1), and keeps no other memory."""
+
+    def __init__(self, classes=2, width=8, image_channels=3, passes=3):
+        super().__init__()
+        self.image_channels, self.classes, self.passes = image_channels, classes, check_passes(passes)
+        self.unet = UNet(image_channels + classes, widths_from(width))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, image, passes=None):
+        check_image(image, self)
+        mask, masks = image.new_zeros(len(image), self.classes, *image.shape[2:]), []
+        for _ in range(self.passes if passes is None else check_passes(passes)):
+            masks.append(self.head(self.unet(torch.cat([image, mask], dim=1))))
+            mask = masks[-1].softmax(1)
+        return masks
+
+
+class ConvGRU(nn.Module):
+    """Convolutional GRU: e (B, c_e, H, W), h (B, c_h, H, W) -> the next h. Here r masks h, where DRU masks e."""
+
+    def __init__(self, c_e, c_h, update=gated_update, reset=gated_reset):
+        super().__init__()
+        gate = lambda: nn.Sequential(nn.Conv2d(c_e + c_h, c_h, 1, bias=False), nn.GroupNorm(min(8, c_h), c_h))
+        self.net_z, self.net_r, self.net_c = gate(), gate(), gate()
+        self.update, self.reset, self.c_h = update, reset, c_h
+
+    def forward(self, e, h):
+        both = torch.cat([e, h], dim=1)
+        seen = torch.cat([e, self.reset(h, self.net_r(both))], dim=1)
+        return self.update(h, self.net_z(both), self.net_c(seen))
+
+
+class RecMiddle(nn.Module):
+    """Rec-Middle: a ConvGRU for a bottleneck. The encoder runs once, the GRU and the decoder in each pass."""
+
+    def __init__(self, classes=2, width=8, image_channels=3, passes=3):
+        super().__init__()
+        self.image_channels, self.passes, widths = image_channels, check_passes(passes), widths_from(width)
+        self.unet = UNet(image_channels, widths, middle=ConvGRU(widths[3], widths[4]))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, image, passes=None):
+        check_image(image, self)
+        e, skips = self.unet.encode(image)
+        h, masks = e.new_zeros(len(e), self.unet.middle.c_h, *e.shape[2:]), []
+        for _ in range(self.passes if passes is None else check_passes(passes)):
+            h = self.unet.middle(e, h)
+            masks.append(self.head(self.unet.decode(h, skips)))
+        return masks
+
+
+class RecLast(nn.Module):
+    """Rec-Last: the U-Net once, then a ConvGRU at full resolution, and the head in each pass."""
+
+    def __init__(self, classes=2, width=8, image_channels=3, passes=3):
+        super().__init__()
+        self.image_channels, self.passes = image_channels, check_passes(passes)
+        self.unet, self.unit = UNet(image_channels, widths_from(width)), ConvGRU(width, width)
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, image, passes=None):
+        check_image(image, self)
+        e, masks = self.unet(image), []
+        h = torch.zeros_like(e)
+        for _ in range(self.passes if passes is None else check_passes(passes)):
+            h = self.unit(e, h)
+            masks.append(self.head(h))
+        return masks
+
+
+# ---------------------------------------------------------------- ImageNet's encoders, under torchvision's names
+
+
+class VGG16(nn.Module):
+    """The convolutions of VGG-16: (B, c_in, H, W) -> (B, 512, H/32, W/32) and the five skips before the poolings."""
+
+    widths, c_e = (64, 128, 256, 512, 512), 512
+
+    def __init__(self, c_in=3):
+        super().__init__()
+        layers = []
+        for width, depth in zip(self.widths, (2, 2, 3, 3, 3)):
+            for _ in range(depth):
+                layers += [nn.Conv2d(c_in, width, 3, padding=1), nn.ReLU()]
+                c_in = width
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # odd sizes round up, as in rurnet
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x):
+        skips = []
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                skips.append(x)
+            x = layer(x)
+        return x, skips
+
+
+class Bottleneck(nn.Module):
+    """Residual block of ResNet: 1x1, 3x3, 1x1 convolutions with batch norm, around a shortcut."""
+
+    def __init__(self, c_in, width, stride=1, dilation=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.downsample = None
+        if stride > 1 or c_in != 4 * width:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """ResNet without its classifier: (B, c_in, H, W) -> (B, 2048, H/32, W/32) and skips at 1/2, 1/4, 1/8, 1/16.
+
+    depths   (3, 4, 6, 3) is ResNet-50, (3, 4, 23, 3) ResNet-101
+    dilate   the last stage keeps its resolution and spreads its 3x3 convolutions instead: output stride 16
+    """
+
+    widths, c_e = (64, 256, 512, 1024), 2048
+
+    def __init__(self, c_in=3, depths=(3, 4, 6, 3), dilate=False):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64)
+        c = 64
+        for i, depth in enumerate(depths):
+            last = dilate and i == 3
+            blocks = []
+            for j in range(depth):
+                blocks.append(Bottleneck(c, 64 * 2**i, 2 if i and not j and not last else 1, 2 if last else 1))
+                c = 256 * 2**i
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+
+    def forward(self, x):
+        skips = [F.relu(self.bn1(self.conv1(x)))]
+        skips.append(self.layer1(F.max_pool2d(skips[0], 3, 2, padding=1)))
+        skips.append(self.layer2(skips[1]))
+        skips.append(self.layer3(skips[2]))
+        return self.layer4(skips[3]), skips
+
+
+def load_encoder(encoder, path):
+    """Fill the encoder from a state-dict file of torchvision's. Channels beyond the photo's three start at zero."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = {name: value for name, value in found.items() if not name.startswith(("classifier.", "fc."))}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; wanted torchvision's state dict of the encoder") from None
+    except Exception as error:  # torch.load answers a broken file with half a dozen kinds of exception
+        raise ValueError(f"{path}: is not a state dict, or is damaged ({type(error).__name__})") from None
+    wanted = encoder.state_dict()
+    first = next(iter(wanted))  # the first convolution, which may see a mask as well
+    if torch.is_tensor(found.get(first)) and found[first].shape[1] < wanted[first].shape[1] and found[first].dim() == 4:
+        extra = wanted[first].shape[1] - found[first].shape[1]
+        found[first] = F.pad(found[first], (0, 0, 0, 0, 0, extra))
+    shapes, have = ({n: tuple(getattr(v, "shape", ())) for n, v in d.items()} for d in (wanted, found))
+    wrong = [f"{n} is missing" for n in shapes if n not in have]
+    wrong += [f"{n} is not part of it" for n in have if n not in shapes]
+    wrong += [f"{n} is {have[n]}, wanted {shapes[n]}" for n in shapes if n in have and have[n] != shapes[n]]
+    if wrong:
+        more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"{path}: does not fit {type(encoder).__name__}: {'; '.join(wrong[:4])}{more}")
+    encoder.load_state_dict(found)
+
+
+# ---------------------------------------------------------------- U-Nets and DRUs around them
+
+
+class Around(nn.Module):
+    """A U-Net of the paper's kind around an encoder; it has the `encode` and `decode` of rurnet.UNet."""
+
+    def __init__(self, encoder, c_in, c_d, stem=32):
+        super().__init__()
+        self.encoder = encoder
+        c_skips, self.stem = list(encoder.widths), None
+        if isinstance(encoder, ResNet):  # its first feature map is at half the resolution
+            self.stem = DoubleConv(c_in, stem)
+            c_skips.insert(0, stem)
+        outs = [c_skips[0], *c_skips[:-1]]  # every level hands on the width of the level above
+        ins = [*outs[1:], c_d]
+        self.up = nn.ModuleList(Up(*c) for c in reversed(list(zip(ins, c_skips, outs))))
+        self.c_out = outs[0]
+
+    def encode(self, x):
+        e, skips = self.encoder(x)
+        return e, ([self.stem(x), *skips] if self.stem else skips)
+
+    decode = UNet.decode
+
+
+class DeepUNet(nn.Module):
+    """U-Net-VGG16, U-Net-ResNet50: the U-Net with a pretrained encoder; the bottleneck between is a DoubleConv."""
+
+    def __init__(self, encoder, classes=2, image_channels=3, middle=512):
+        super().__init__()
+        self.image_channels = image_channels
+        self.outer = Around(encoder(image_channels), image_channels, middle)
+        self.middle = DoubleConv(self.outer.encoder.c_e, middle)
+        self.head = nn.Conv2d(self.outer.c_out, classes, 1)
+
+    def forward(self, image, passes=None):
+        check_image(image, self)
+        e, skips = self.outer.encode(image)
+        return [self.head(self.outer.decode(self.middle(e), skips))]
+
+
+class DeepDRU(RecurrentUNet):
+    """DRU-VGG16, DRU-ResNet50: rurnet's passes around a pretrained encoder, with DRU for a bottleneck at 1/32.
+
+    The state really goes from pass to pass; in the official code it stays what it was. For ResNet-50 the unit works on
+    512 channels, which a 1x1 convolution makes of its 2048: a reset gate 2048 wide would have 75 million parameters.
+    """
+
+    def __init__(self, encoder, classes=2, image_channels=3, passes=3, hidden=512):
+        nn.Module.__init__(self)  # the parts differ, everything else is RecurrentUNet's
+        self.image_channels, self.classes, self.level, self.hidden, self.passes = image_channels, classes, 5, hidden, check_passes(passes)
+        c_in = image_channels + classes
+        self.outer = Around(encoder(c_in), c_in, hidden)
+        c_e = self.outer.encoder.c_e
+        self.unit = Narrowed(c_e, hidden) if c_e > hidden else DRU(c_e, hidden)
+        self.f_s = nn.Conv2d(hidden, hidden, 1)
+        self.head = nn.Conv2d(self.outer.c_out, classes, 1)
+
+
+class Narrowed(nn.Module):
+    def __init__(self, c_e, hidden):
+        super().__init__()
+        self.narrow, self.unit = nn.Conv2d(c_e, hidden, 1), DRU(hidden, hidden)
+
+    def forward(self, e, h):
+        return self.unit(self.narrow(e), h)
+
+
+# ---------------------------------------------------------------- the heavy one-shot networks
+
+
+def conv(c_in, c_out, size=3, dilation=1):
+    """Convolution, group norm, ReLU: group norm, unlike batch norm, trains on one photo too."""
+    padding = dilation * (size // 2)
+    return nn.Sequential(nn.Conv2d(c_in, c_out, size, padding=padding, dilation=dilation, bias=False), nn.GroupNorm(8, c_out), nn.ReLU())
+
+
+def resize(x, like):
+    return F.interpolate(x, like.shape[-2:], mode="bilinear")
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabv3+: ResNet-50 at output stride 16, the photo seen at five scales, joined with sharp features at 1/4."""
+
+    def __init__(self, classes=2, image_channels=3):
+        super().__init__()
+        self.image_channels = image_channels
+        self.encoder = ResNet(image_channels, dilate=True)
+        self.scales = nn.ModuleList([conv(2048, 256, 1), *(conv(2048, 256, dilation=d) for d in (6, 12, 18))])
+        self.whole = conv(2048, 256, 1)
+        self.join, self.sharp = conv(5 * 256, 256, 1), conv(256, 48, 1)
+        self.refine = nn.Sequential(conv(256 + 48, 256), conv(256, 256))
+        self.head = nn.Conv2d(256, classes, 1)
+
+    def forward(self, image, passes=None):
+        check_image(image, self)
+        e, skips = self.encoder(image)
+        whole = self.whole(e.mean((2, 3), keepdim=True)).expand(-1, -1, *e.shape[2:])
+        e = self.join(torch.cat([*(scale(e) for scale in self.scales), whole], dim=1))
+        d = torch.cat([resize(e, skips[1]), self.sharp(skips[1])], dim=1)
+        return [resize(self.head(self.refine(d)), image)]
+
+
+class Residual(nn.Module):
+    """RefineNet's residual convolution unit."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class Refine(nn.Module):
+    """RefineNet's block: adapt each input, fuse them at the finer resolution, pool in a chain, adapt once more."""
+
+    def __init__(self, c_fine, c_coarse, c):
+        super().__init__()
+        self.adapt = nn.ModuleList(nn.Sequential(nn.Conv2d(n, c, 3, padding=1), Residual(c), Residual(c)) for n in (c_fine, c_coarse) if n)
+        self.fuse = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for _ in self.adapt)
+        self.chain = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for _ in range(2))
+        self.out = Residual(c)
+
+    def forward(self, fine, coarse=None):
+        inputs = [fine] if coarse is None else [fine, coarse]
+        x = F.relu(sum(resize(fuse(adapt(i)), fine) for i, adapt, fuse in zip(inputs, self.adapt, self.fuse)))
+        pooled = x
+        for layer in self.chain:
+            pooled = layer(F.max_pool2d(pooled, 5, 1, padding=2))
+            x = x + pooled
+        return self.out(x)
+
+
+class RefineNet(nn.Module):
+    """RefineNet: ResNet-101, and a cascade of blocks that refines its features from 1/32 to 1/4."""
+
+    def __init__(self, classes=2, image_channels=3):
+        super().__init__()
+        self.image_channels = image_channels
+        self.encoder = ResNet(image_channels, depths=(3, 4, 23, 3))
+        self.refine = nn.ModuleList(Refine(*c) for c in ((2048, 0, 512), (1024, 512, 256), (512, 256, 256), (256, 256, 256)))
+        self.head = nn.Conv2d(256, classes, 3, padding=1)
+
+    def forward(self, image, passes=None):
+        check_image(image, self)
+        e, skips = self.encoder(image)
+        d = self.refine[0](e)
+        for refine, skip in zip(self.refine[1:], reversed(skips[1:])):
+            d = refine(skip, d)
+        return [resize(self.head(d), image)]
+
+
+# ---------------------------------------------------------------- all by name
+
+SYSTEMS = {
+    "unet-b": unet_b,
+    "unet-g": PlainUNet,
+    "rec-simple": RecSimple,
+    "rec-middle": RecMiddle,
+    "rec-last": RecLast,
+    "sru": partial(RecurrentUNet, unit="sru"),
+    "dru": partial(RecurrentUNet, unit="dru"),
+    "unet-vgg16": partial(DeepUNet, VGG16),
+    "dru-vgg16": partial(DeepDRU, VGG16),
+    "unet-resnet50": partial(DeepUNet, ResNet),
+    "dru-resnet50": partial(DeepDRU, ResNet),
+    "deeplabv3plus": DeepLabV3Plus,
+    "refinenet": RefineNet,
+}

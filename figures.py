@@ -1,0 +1,236 @@
+"""Every picture of the tutorial and the README, into figures/.
+
+    python figures.py                     all; needs hands/ and runs/hands/, which README's first line makes
+    python figures.py architecture alpha  these alone
+
+architecture, alpha and traffic are drawings and come out byte for byte alike under one version of matplotlib. The others
+show what a trained network does, on toy photos: as alike as two trainings are, which on one machine is exactly.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+from data import MEAN, STD, open_dataset
+from gates_triton import PASSES
+from train import Config, evaluate, load_net, scores, to_size
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noqa: E402
+
+plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110}
+BLUE, GREEN, RED, GREY = "#3b6ea8", "#2a9d6f", "#c8553d", "#6b7280"
+RUN = Path("runs/hands")
+
+# ---------------------------------------------------------------- drawings
+
+
+def arrow(ax, start, end, color="black", bend=0.0, style="-", lw=1.0):
+    shape = dict(connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=9, linestyle=style, linewidth=lw)
+    ax.add_patch(FancyArrowPatch(start, end, color=color, shrinkA=0, shrinkB=0, **shape))
+
+
+def draw_small_u(ax, x, y, levels, step, box):
+    """A U of boxes, encoder down and decoder up, its top left corner at x, y."""
+    for i in range(levels):
+        for left in {x + i * step[0], x + (2 * (levels - 1) - i) * step[0]}:  # one at the bottom
+            ax.add_patch(Rectangle((left, y - i * step[1] - box[1]), *box, color=BLUE, alpha=0.9, lw=0))
+
+
+def architecture():
+    widths, row, box = (8, 16, 32, 64, 128), 1.0, (0.62, 0.5)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.4), layout="constrained")
+    for ax, level in zip(axes, (4, 3, 0)):
+        ax.set(xlim=(-0.6, 8.4), ylim=(-5.6, 2.1), title=f"l = {level}")
+        ax.axis("off")
+        step, right = 0.75, 7.2
+        for i in range(level):  # what stays of the U-Net
+            y = -i * row
+            for left in (i * step, right - i * step):
+                ax.add_patch(Rectangle((left, y - box[1]), *box, color=BLUE, lw=0))
+                ax.text(left + box[0] / 2, y - box[1] / 2, widths[i], ha="center", va="center", color="white", fontsize=8)
+            arrow(ax, (i * step + box[0], y - 0.25), (right - i * step, y - 0.25), GREY, lw=0.7)
+            if i:
+                arrow(ax, ((i - 1) * step + 0.3, y + row - box[1]), (i * step + 0.2, y))
+                arrow(ax, (right - i * step + 0.4, y), (right - (i - 1) * step + 0.3, y + row - box[1]))
+        # the recurrent unit: each f inside is a small U of the widths that it replaces
+        tail = widths[level:]
+        mini, small = (0.16, 0.36), (0.2 if level < 4 else 0.34, 0.24)
+        reach = 2 * (len(tail) - 1) * mini[0] + small[0]
+        height = (len(tail) - 1) * mini[1] + small[1] + 0.75
+        wide = 3 * reach + 4 * 0.3
+        x0, y0 = 3.91 - wide / 2, -max(level, 1) * row + (0.9 if level == 0 else 0.15)
+        ax.add_patch(FancyBboxPatch((x0, y0 - height), wide, height, boxstyle="round,pad=0.08", fc="#e4f3ec", ec=GREEN, lw=1.4))
+        for k, name in enumerate(("$f_z$", "$f_r$", "$f_c$")):
+            left = x0 + 0.3 + k * (reach + 0.3)
+            draw_small_u(ax, left, y0 - 0.45, len(tail), mini, small)
+            ax.text(left + reach / 2, y0 - 0.2, name, ha="center", va="center")
+        ax.text(3.91, y0 - height - 0.3, "recurrent unit, state $h_t$", ha="center", va="center", color=GREEN)
+        arrow(ax, (x0 + wide + 0.1, y0 - 0.75 * height), (x0 + wide + 0.1, y0 - 0.25 * height), GREEN, bend=1.6, style="--", lw=1.4)
+        if level:
+            y = -(level - 1) * row - box[1]
+            arrow(ax, ((level - 1) * step + 0.3, y), (x0, y0 - 0.3))
+            arrow(ax, (x0 + wide + 0.08, y0 - 0.1), (right - (level - 1) * step + 0.3, y))
+            ends = (0.3, 0.0), (right + 0.3, 0.0)
+        else:
+            ends = (x0 + 0.4, y0 + 0.08), (x0 + wide - 0.4, y0 + 0.08)
+        arrow(ax, (0.3, 0.75), ends[0])
+        arrow(ax, ends[1], (right + 0.3, 0.75))
+        ax.text(0.0, 1.0, "image, $s_{t-1}$", ha="center", va="center")
+        ax.text(right + 0.4, 1.0, "$s_t$", ha="center", va="center", color=RED)
+        arrow(ax, (right + 0.25, 1.25), (0.6, 1.25), RED, bend=0.12, style="--", lw=1.4)
+    keep(figure, "architecture")
+
+
+def alpha():
+    figure, axes = plt.subplots(1, 3, figsize=(7.5, 2.2), sharey=True, layout="constrained")
+    for ax, value in zip(axes, (1, 0.7, 0.4)):
+        weights = [value ** (3 - t) for t in (1, 2, 3)]
+        ax.bar((1, 2, 3), weights, color=BLUE)
+        for t, weight in enumerate(weights, 1):
+            ax.text(t, weight + 0.02, f"{weight:.2f}", ha="center")
+        ax.set(title=rf"$\alpha$ = {value}", xticks=(1, 2, 3), xlabel="pass t", ylim=(0, 1.2))
+    axes[0].set_ylabel(r"weight $\alpha^{N-t}$")
+    keep(figure, "alpha")
+
+
+def traffic():
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 2.6), sharex=True, layout="constrained")
+    for ax, gate in zip(axes, ("update", "reset")):
+        for y, way in enumerate(("forward", "backward")):
+            fused, eager, _ = PASSES[gate, way]
+            for dy, count, color, name in ((0.2, eager, GREY, "eager"), (-0.2, fused, GREEN, "fused")):
+                ax.barh(1 - y + dy, count, 0.36, color=color, label=name if not y else None)
+                ax.text(count + 0.3, 1 - y + dy, count, va="center")
+        ax.set(title=gate, yticks=(1, 0), yticklabels=("forward", "backward"), xlabel="memory passes", xlim=(0, 26))
+    axes[1].legend(loc="lower right", frameon=False)
+    keep(figure, "traffic")
+
+
+# ---------------------------------------------------------------- what a trained network does
+
+
+def trained():
+    """The network that README's first line trains, its Config, and the toy set's test photos."""
+    try:
+        net, config, _ = load_net(RUN / "best.pt", torch.device("cpu"))
+        return net, config, open_dataset(config.data, "test")
+    except ValueError as error:
+        raise ValueError(f"{error}. The first line of README.md draws hands/ and trains runs/hands/") from None
+
+
+def photograph(image):
+    return ((image.numpy().transpose(1, 2, 0) * STD + MEAN) * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def show(ax, picture, title=None, **how):
+    ax.imshow(np.asarray(picture), **how)
+    ax.set_title(title, fontsize=9)
+    ax.axis("off")
+
+
+@torch.no_grad()
+def look(net, image, passes):
+    """Every pass over one image (3, H, W): the foreground's probability, z, r and h, each (C, h, w)."""
+    seen = []
+    hooks = [
+        net.unit.net_z.register_forward_hook(lambda m, i, a: seen[-1].update(z=a.sigmoid()[0])),
+        net.unit.net_r.register_forward_hook(lambda m, i, a: seen[-1].update(r=a.sigmoid()[0])),
+    ]
+    state = net.start(image[None])
+    for _ in range(passes):
+        seen.append({})
+        s, state = net.step(image[None], state)
+        seen[-1].update(p=s.softmax(1)[0, 1], h=state[1][0])
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def wobbliest(net, config, photos, count):
+    """The photos whose mask changes most between the first pass and the last: where recurrence has something to do."""
+    moved = []
+    for i in range(len(photos)):
+        seen = look(net, to_size(photos[i][0], config.size)[0], 3)
+        moved.append((seen[-1]["p"] - seen[0]["p"]).abs().mean().item())
+    return [photos[i] for i in np.argsort(moved)[::-1][:count]]
+
+
+def passes():
+    net, config, photos = trained()
+    figure, axes = plt.subplots(3, 5, figsize=(9.5, 4.6), layout="constrained")
+    for line, (image, truth) in zip(axes, wobbliest(net, config, photos, 3)):
+        seen = look(net, to_size(image, config.size)[0], 3)
+        show(line[0], photograph(image), "photo" if line is axes[0] else None)
+        show(line[1], truth, "truth" if line is axes[0] else None, cmap="gray")
+        for t, (ax, at) in enumerate(zip(line[2:], seen), 1):
+            show(ax, at["p"], f"pass {t}" if line is axes[0] else None, cmap="magma", vmin=0, vmax=1)
+    keep(figure, "passes")
+
+
+def gates():
+    net, config, photos = trained()
+    image, _ = wobbliest(net, config, photos, 1)[0]
+    seen = look(net, to_size(image, config.size)[0], 3)
+    figure, axes = plt.subplots(3, 5, figsize=(9.5, 4.8), layout="constrained")
+    channel = seen[-1]["h"].std((1, 2), correction=0).argmax()
+    for t, (line, at) in enumerate(zip(axes, seen), 1):
+        show(line[0], photograph(image), f"pass {t}: photo")
+        show(line[1], at["z"].mean(0), "z, mean of channels", cmap="viridis", vmin=0, vmax=1)
+        show(line[2], at["r"].mean(0), "r, mean of channels", cmap="viridis", vmin=0, vmax=1)
+        show(line[3], at["h"][channel], f"h, channel {channel}", cmap="coolwarm", vmin=-1, vmax=1)
+        show(line[4], at["p"], "probability of hand", cmap="magma", vmin=0, vmax=1)
+    keep(figure, "gates")
+
+
+def more_passes():
+    net, config, photos = trained()
+    config.passes = 6
+    figure, ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
+    values = [scores(matrix)["IoU"] for matrix in evaluate(net, photos, config, torch.device("cpu"))]
+    ax.axvspan(0.7, 3.5, color=GREEN, alpha=0.1, lw=0)
+    ax.plot(range(1, 7), values, "o-", color=BLUE)
+    ax.set(xlabel="passes at test time", ylabel="IoU of the hands", xlim=(0.7, 6.3), title="shaded: the passes it was trained with")
+    keep(figure, "more_passes")
+
+
+def curves():
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    if not (RUN / "log.csv").exists():
+        raise ValueError(f"{RUN / 'log.csv'}: missing. The first line of README.md draws hands/ and trains runs/hands/")
+    with open(RUN / "log.csv") as file:
+        log = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    epochs = [row["epoch"] for row in log]
+    left.plot(epochs, [row["loss"] for row in log], color=BLUE)
+    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    for t, color in zip((1, 2, 3), (GREY, BLUE, GREEN)):
+        right.plot(epochs, [row[f"IoU_{t}"] for row in log], color=color, label=f"pass {t}")
+    right.set(xlabel="epoch", ylabel="validation IoU")
+    right.legend(frameon=False)
+    keep(figure, "curves")
+
+
+FIGURES = {f.__name__: f for f in (architecture, alpha, traffic, passes, gates, more_passes, curves)}
+
+
+def keep(figure, name):
+    Path("figures").mkdir(exist_ok=True)
+    figure.savefig(f"figures/{name}.png", metadata={"Software": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:] or list(FIGURES)
+    try:
+        if unknown := set(wanted) - set(FIGURES):
+            raise ValueError(f"no figure {min(unknown)}; there are {', '.join(FIGURES)}")
+        for name in wanted:
+            FIGURES[name]()
+    except ValueError as error:
+        sys.exit(f"figures.py: {error}")
