@@ -7,19 +7,19 @@
     name                              what it is                                                          parameters
     unet-b, unet-g                    one pass, batch or group norm                                          486,562
     rec-simple                        the mask alone is fed back                                             486,706
-    rec-middle                        a convolutional GRU for a bottleneck; encoder once                     396,386
-    rec-last                          a convolutional GRU after the whole U-Net                              486,938
-    sru, dru                          rurnet.RecurrentUNet, with level, width and hidden                     364,338
-    unet-vgg16, dru-vgg16             encoder VGG-16
-    unet-resnet50, dru-resnet50       encoder ResNet-50
-    deeplabv3plus                     ResNet-50 at output stride 16, pyramid of dilated convolutions
-    refinenet                         ResNet-101, multi-resolution fusion, chained pooling
+    rec-middle                        a convolutional GRU for a bottleneck; encoder once                     339,362
+    rec-last                          a convolutional GRU after the whole U-Net                              486,994
+    sru, dru                          rurnet.RecurrentUNet, with level, width and hidden           290,354, 364,338
+    unet-vgg16, dru-vgg16             encoder VGG-16                                           32.94 and 42.65 million
+    unet-resnet50, dru-resnet50       encoder ResNet-50                                        53.90 and 57.58 million
+    deeplabv3plus                     ResNet-50 at output stride 16, dilated convolutions               40.35 million
+    refinenet                         ResNet-101, multi-resolution fusion, chained pooling             104.45 million
 
 `weights` names a file of torchvision's for the encoder (VGG-16, ResNet-50, ResNet-101), trained on ImageNet.
 """
 
+import inspect
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -214,17 +214,17 @@ def load_encoder(encoder, path):
 
 
 class Around(nn.Module):
-    """A U-Net of the paper's kind around an encoder; it has the `encode` and `decode` of rurnet.UNet."""
+    """A decoder of the paper's kind around an encoder, with 512 channels between; `encode` and `decode` as in rurnet.UNet."""
 
-    def __init__(self, encoder, c_in, c_d, stem=32):
+    def __init__(self, encoder, c_in):
         super().__init__()
         self.encoder = encoder
         c_skips, self.stem = list(encoder.widths), None
         if isinstance(encoder, ResNet):  # its first feature map is at half the resolution
-            self.stem = DoubleConv(c_in, stem)
-            c_skips.insert(0, stem)
+            self.stem = DoubleConv(c_in, 32)
+            c_skips.insert(0, 32)
         outs = [c_skips[0], *c_skips[:-1]]  # every level hands on the width of the level above
-        ins = [*outs[1:], c_d]
+        ins = [*outs[1:], 512]
         self.up = nn.ModuleList(Up(*c) for c in reversed(list(zip(ins, c_skips, outs))))
         self.c_out = outs[0]
 
@@ -238,11 +238,11 @@ class Around(nn.Module):
 class DeepUNet(nn.Module):
     """U-Net-VGG16, U-Net-ResNet50: the U-Net with a pretrained encoder; the bottleneck between is a DoubleConv."""
 
-    def __init__(self, encoder, classes=2, image_channels=3, middle=512):
+    def __init__(self, encoder, classes=2, image_channels=3):
         super().__init__()
         self.image_channels = image_channels
-        self.outer = Around(encoder(image_channels), image_channels, middle)
-        self.middle = DoubleConv(self.outer.encoder.c_e, middle)
+        self.outer = Around(encoder(image_channels), image_channels)
+        self.middle = DoubleConv(self.outer.encoder.c_e, 512)
         self.head = nn.Conv2d(self.outer.c_out, classes, 1)
 
     def forward(self, image, passes=None):
@@ -254,28 +254,28 @@ class DeepUNet(nn.Module):
 class DeepDRU(RecurrentUNet):
     """DRU-VGG16, DRU-ResNet50: rurnet's passes around a pretrained encoder, with DRU for a bottleneck at 1/32.
 
-    The state really goes from pass to pass; in the official code it stays what it was. For ResNet-50 the unit works on
-    512 channels, which a 1x1 convolution makes of its 2048: a reset gate 2048 wide would have 75 million parameters.
+    The state really goes from pass to pass; in the official code it stays what it was.
     """
 
-    def __init__(self, encoder, classes=2, image_channels=3, passes=3, hidden=512):
+    def __init__(self, encoder, classes=2, image_channels=3, passes=3):
         nn.Module.__init__(self)  # the parts differ, everything else is RecurrentUNet's
-        self.image_channels, self.classes, self.level, self.hidden, self.passes = image_channels, classes, 5, hidden, check_passes(passes)
-        c_in = image_channels + classes
-        self.outer = Around(encoder(c_in), c_in, hidden)
-        c_e = self.outer.encoder.c_e
-        self.unit = Narrowed(c_e, hidden) if c_e > hidden else DRU(c_e, hidden)
-        self.f_s = nn.Conv2d(hidden, hidden, 1)
+        self.image_channels, self.classes, self.passes = image_channels, classes, check_passes(passes)
+        self.level, self.hidden, c_in = 5, 512, image_channels + classes
+        self.outer = Around(encoder(c_in), c_in)
+        self.unit = (DRU if encoder is VGG16 else NarrowDRU)(self.outer.encoder.c_e, 512)
+        self.f_s = nn.Conv2d(512, 512, 1)
         self.head = nn.Conv2d(self.outer.c_out, classes, 1)
 
 
-class Narrowed(nn.Module):
-    def __init__(self, c_e, hidden):
-        super().__init__()
-        self.narrow, self.unit = nn.Conv2d(c_e, hidden, 1), DRU(hidden, hidden)
+class NarrowDRU(DRU):
+    """DRU behind a 1x1 convolution: on all 2048 channels of ResNet-50 the reset gate alone would have 75 million parameters."""
+
+    def __init__(self, c_e, c_h):
+        super().__init__(c_h, c_h)
+        self.narrow = nn.Conv2d(c_e, c_h, 1)
 
     def forward(self, e, h):
-        return self.unit(self.narrow(e), h)
+        return super().forward(self.narrow(e), h)
 
 
 # ---------------------------------------------------------------- the heavy one-shot networks
@@ -380,3 +380,23 @@ SYSTEMS = {
     "deeplabv3plus": DeepLabV3Plus,
     "refinenet": RefineNet,
 }
+
+
+def options(name):
+    """The options that a system takes, besides classes and weights."""
+    if name not in SYSTEMS:
+        raise ValueError(f"there is no system {name!r}; there are {', '.join(SYSTEMS)}")
+    return inspect.signature(SYSTEMS[name]).parameters.keys() - {"encoder", "classes", "unit"}
+
+
+def build(name, classes, weights=None, **chosen):
+    """The system of that name: model(image, passes) is a list of logits. ValueError for a name, option or file that is none."""
+    if foreign := chosen.keys() - options(name):
+        raise ValueError(f"{name} takes no {min(foreign)}; it takes {', '.join(sorted(options(name)))}")
+    net = SYSTEMS[name](classes=classes, **chosen)
+    if weights:
+        encoder = next((m for m in net.modules() if isinstance(m, (VGG16, ResNet))), None)
+        if encoder is None:
+            raise ValueError(f"{name} has no pretrained encoder, so {weights} has no place in it")
+        load_encoder(encoder, weights)
+    return net

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: afterwards the kernels fail in confusing ways
 
+import baselines
 import data
 import figures
 import gates_triton
@@ -950,6 +951,180 @@ def test_real_folders(name, count, classes):
     assert image.shape[1:] == mask.shape and set(mask.unique().tolist()) <= {*range(classes), 255}
 
 
+# ---------------------------------------------------------------- baselines.py
+
+LIGHT = [name for name in baselines.SYSTEMS if not re.search("vgg|resnet|deeplab|refine", name)]
+ONE_SHOT = {"unet-b", "unet-g", "unet-vgg16", "unet-resnet50", "deeplabv3plus", "refinenet"}
+
+
+@pytest.mark.parametrize("name", baselines.SYSTEMS)
+def test_every_system_answers_alike(name):
+    net = baselines.build(name, 3)
+    image = torch.randn(2, 3, 65, 97)
+    masks = net(image, 2)
+    assert [s.shape for s in masks] == [(2, 3, 65, 97)] * (1 if name in ONE_SHOT else 2)
+    train.recurrent_loss(masks, torch.randint(3, (2, 65, 97)), 0.4).backward()
+    dead = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not dead
+    shown = re.search(rf"^    .*\b{name}\b.*?([\d.,]+(?: and [\d.]+)? million|[\d,]+(?:, [\d,]+)?)$", baselines.__doc__, re.M)[1]
+    exact = {f"{size(baselines.build(name, 2)):,}", f"{size(baselines.build(name, 2)) / 1e6:.2f}"}
+    assert exact & set(re.split(r", | and | ", shown)), f"{exact}: the docstring says {shown}"
+
+
+@pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.parametrize("shape", [(64, 64), (16, 23), (71, 130)])
+def test_systems_take_any_size_and_passes_do_not_change_the_past(name, shape):
+    net, image = baselines.build(name, 2, width=4).eval(), torch.randn(1, 3, *shape)
+    masks, longer = net(image), net(image, 5)
+    assert all(torch.equal(a, b) for a, b in zip(masks, longer)) and masks[0].shape[2:] == shape
+    assert (len(masks), len(longer)) == ((1, 1) if name in ONE_SHOT else (3, 5))
+
+
+def test_batch_norm_is_where_group_norm_was():
+    b, g = baselines.build("unet-b", 2), baselines.build("unet-g", 2)
+    kinds = [[type(m).__name__ for m in net.modules()] for net in (b, g)]
+    assert kinds[0] == [k.replace("GroupNorm", "BatchNorm2d") for k in kinds[1]] and "BatchNorm2d" in kinds[0]
+
+
+def test_rec_simple_and_conv_gru_equal_their_equations():
+    net, image = baselines.build("rec-simple", 2, width=4).double(), torch.randn(1, 3, 32, 40).double()
+    mask = torch.zeros(1, 2, 32, 40).double()
+    for s in net(image):
+        torch.testing.assert_close(s, net.head(net.unet(torch.cat([image, mask], 1))))
+        mask = torch.exp(s) / torch.exp(s).sum(1, keepdim=True)
+    gru, e, h = baselines.ConvGRU(6, 8).double(), torch.randn(2, 6, 5, 7).double(), torch.randn(2, 8, 5, 7).double()
+    z, r = (1 / (1 + torch.exp(-f(torch.cat([e, h], 1)))) for f in (gru.net_z, gru.net_r))
+    torch.testing.assert_close(gru(e, h), z * h + (1 - z) * torch.tanh(gru.net_c(torch.cat([e, r * h], 1))))
+    middle = baselines.build("rec-middle", 2, width=4).double()
+    e, skips = middle.unet.encode(image)
+    h = torch.zeros(1, 64, 2, 3).double()
+    for s in middle(image):
+        h = middle.unet.middle(e, h)
+        torch.testing.assert_close(s, middle.head(middle.unet.decode(h, skips)))
+    last = baselines.build("rec-last", 2, width=4).double()
+    e = last.unet(image)
+    h = torch.zeros_like(e)
+    for s in last(image):
+        h = last.unit(e, h)
+        torch.testing.assert_close(s, last.head(h))
+
+
+def vgg16_file():
+    """Random weights under torchvision's names for VGG-16, classifier included."""
+    p, c = {}, 3
+    for at, width in zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (64, 64, 128, 128, *[256] * 3, *[512] * 6)):
+        p |= {f"features.{at}.weight": torch.randn(width, c, 3, 3) * (2 / 9 / c) ** 0.5, f"features.{at}.bias": torch.randn(width) * 0.1}
+        c = width
+    return p | {"classifier.6.bias": torch.zeros(1000)}
+
+
+def resnet_file(depths):
+    """Random weights under torchvision's names for a ResNet of bottlenecks, classifier included."""
+    p = {"conv1.weight": torch.randn(64, 3, 7, 7) * 0.1, "fc.bias": torch.zeros(1000)}
+
+    def bn(at, c):
+        nonlocal p
+        p |= {f"{at}.{n}": torch.rand(c) * 0.5 + 0.5 for n in ("weight", "running_var")}
+        p |= {f"{at}.{n}": torch.randn(c) * 0.1 for n in ("bias", "running_mean")} | {f"{at}.num_batches_tracked": torch.tensor(7)}
+
+    bn("bn1", 64)
+    c = 64
+    for i, depth in enumerate(depths, 1):
+        w = 32 * 2**i
+        for j in range(depth):
+            for k, shape in enumerate([(w, c, 1, 1), (w, w, 3, 3), (4 * w, w, 1, 1)], 1):
+                p[f"layer{i}.{j}.conv{k}.weight"] = torch.randn(shape) * (2 / shape[1] / shape[2] ** 2) ** 0.5
+                bn(f"layer{i}.{j}.bn{k}", shape[0])
+            if j == 0:
+                p[f"layer{i}.{j}.downsample.0.weight"] = torch.randn(4 * w, c, 1, 1) * c**-0.5
+                bn(f"layer{i}.{j}.downsample.1", 4 * w)
+            c = 4 * w
+    return p
+
+
+def resnet_by_hand(p, x, depths):
+    def bn(at, x):
+        return F.batch_norm(x, p[f"{at}.running_mean"], p[f"{at}.running_var"], p[f"{at}.weight"], p[f"{at}.bias"])
+
+    skips = [bn("bn1", F.conv2d(x, p["conv1.weight"], stride=2, padding=3)).relu()]
+    x = F.max_pool2d(skips[0], 3, 2, 1)
+    for i, depth in enumerate(depths, 1):
+        for j in range(depth):
+            at, stride = f"layer{i}.{j}", 2 if i > 1 and j == 0 else 1
+            y = bn(f"{at}.bn1", F.conv2d(x, p[f"{at}.conv1.weight"])).relu()
+            y = bn(f"{at}.bn2", F.conv2d(y, p[f"{at}.conv2.weight"], stride=stride, padding=1)).relu()
+            y = bn(f"{at}.bn3", F.conv2d(y, p[f"{at}.conv3.weight"]))
+            x = (y + (x if j else bn(f"{at}.downsample.1", F.conv2d(x, p[f"{at}.downsample.0.weight"], stride=stride)))).relu()
+        skips.append(x)
+    return skips
+
+
+def test_vgg16_is_vgg16(tmp_path):
+    p, image = vgg16_file(), torch.randn(1, 3, 64, 96)
+    torch.save(p, tmp_path / "vgg16.pth")
+    x, skips = image, []
+    for block in (0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28):
+        for at in block:
+            x = F.conv2d(x, p[f"features.{at}.weight"], p[f"features.{at}.bias"], padding=1).relu()
+        skips.append(x)
+        x = F.max_pool2d(x, 2)
+    for name, extra in ("unet-vgg16", 0), ("dru-vgg16", 2):  # the mask's channels start at zero: any mask gives the plain features
+        net = baselines.build(name, 2, weights=tmp_path / "vgg16.pth").eval()
+        e, mine = net.outer.encode(torch.cat([image, torch.rand(1, extra, 64, 96)], 1))
+        for got, want in zip([e, *mine], [x, *skips], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, depths", [("dru-resnet50", (3, 4, 6, 3)), ("unet-resnet50", (3, 4, 6, 3)), ("refinenet", (3, 4, 23, 3))])
+def test_resnet_is_resnet(tmp_path, name, depths):
+    p, image = resnet_file(depths), torch.randn(1, 3, 64, 96)
+    torch.save(p, tmp_path / "resnet.pth")
+    net = baselines.build(name, 2, weights=tmp_path / "resnet.pth").eval()
+    encoder = net.encoder if name == "refinenet" else net.outer.encoder
+    with torch.no_grad():
+        e, skips = encoder(torch.cat([image, torch.rand(1, 2, 64, 96)], 1) if name.startswith("dru") else image)
+        for got, want in zip([*skips, e], resnet_by_hand(p, image, depths), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max())  # float32, a hundred layers deep
+
+
+def test_deep_dru_carries_its_state_and_deeplab_keeps_its_resolution():
+    for name in "dru-vgg16", "dru-resnet50":
+        net, image = baselines.build(name, 2).eval(), torch.randn(1, 3, 70, 64)
+        with torch.no_grad():
+            _, (mask, h) = net.step(image, net.start(image))
+            after, _ = net.step(image, (mask, h))
+            forgetful, _ = net.step(image, (mask, torch.zeros_like(h)))
+        assert h.shape == (1, 512, 3, 2) and h.abs().max() > 0 and not torch.equal(after, forgetful)
+    with torch.no_grad():
+        e, skips = baselines.build("deeplabv3plus", 2).encoder(torch.randn(1, 3, 64, 96))
+    assert e.shape == (1, 2048, 4, 6) and skips[1].shape == (1, 256, 16, 24)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    vgg, half = tmp_path / "vgg16.pth", tmp_path / "half.pth"
+    p = vgg16_file()
+    torch.save(p, vgg)
+    half.write_bytes(vgg.read_bytes()[:10000])
+    torch.save({k: v for k, v in p.items() if k != "features.28.bias"}, tmp_path / "short.pth")
+    torch.save(p | {"features.0.weight": torch.zeros(64, 1, 3)}, tmp_path / "odd.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, file, words in [
+        ("dru-vgg16", "absent.pth", "absent.pth: no such file"),
+        ("dru-vgg16", "half.pth", "half.pth: is not a state dict, or is damaged"),
+        ("dru-vgg16", "list.pth", "list.pth: is not a state dict"),
+        ("dru-vgg16", "short.pth", "short.pth: does not fit VGG16: features.28.bias is missing$"),
+        ("unet-vgg16", "odd.pth", r"features.0.weight is \(64, 1, 3\), wanted \(64, 3, 3, 3\)"),
+        ("dru-resnet50", "vgg16.pth", "does not fit ResNet: conv1.weight is missing; .* and [0-9]+ more"),
+        ("dru", "vgg16.pth", "dru has no pretrained encoder"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            baselines.build(name, 2, weights=tmp_path / file)
+    with pytest.raises(ValueError, match="no system 'unet'; there are unet-b, unet-g"):
+        baselines.build("unet", 2)
+    with pytest.raises(ValueError, match="unet-g takes no level"):
+        baselines.build("unet-g", 2, level=3)
+
+
 # ---------------------------------------------------------------- train.py: loss and scores
 
 
@@ -1071,7 +1246,7 @@ def test_resume_ends_in_the_same_weights_bit_for_bit(trained, tmp_path, monkeypa
     assert strip[0] == strip[1] and len(strip[0]) == 2
 
 
-@pytest.mark.parametrize("model", ["unet-g", "sru"])
+@pytest.mark.parametrize("model", ["unet-b", "sru", "rec-middle"])
 def test_every_model_trains_and_predicts(trained, tmp_path, model):
     at, _ = trained
     done = run("train.py", "--data", at / "photos", "--out", tmp_path / "run", "--model", model, *TINY)

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import matplotlib
@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import baselines
 from data import MEAN, STD, VOID, open_dataset
 from gates_triton import fuse
-from rurnet import PlainUNet, RecurrentUNet
 
 matplotlib.use("Agg")  # draw to files: a server has no screen
 import matplotlib.pyplot as plt  # noqa: E402
@@ -40,7 +40,8 @@ def knob(default, help, **more):
 class Config:
     data: str = knob("hands/", "folder of photos and masks; data.py tells the layouts")
     out: str = knob("", "folder of this run; empty: runs/ and the name of the data")
-    model: str = knob("dru", "dru, sru, or unet-g, the plain U-Net with its one pass", choices=["unet-g", "sru", "dru"])
+    model: str = knob("dru", "the system, as in baselines.py", choices=list(baselines.SYSTEMS))
+    weights: str = knob("", "file of torchvision's weights for a VGG-16 or ResNet encoder")
     level: int = knob(4, "l, poolings above the recurrent unit, 0 to 4")
     width: int = knob(8, "channels at level 0")
     hidden: int = knob(16, "channels of the hidden state")
@@ -72,10 +73,9 @@ def checked(c):
 
 
 def build(c, classes):
-    """The network that a Config names."""
-    if c.model == "unet-g":
-        return PlainUNet(classes, c.width)
-    return RecurrentUNet(classes, c.model, c.level, c.width, c.hidden, passes=c.passes)
+    """The network that a Config names. A setting that it does not have is refused, unless it was left as it is."""
+    takes = baselines.options(c.model) | {name for name in ("level", "width", "hidden") if getattr(c, name) != getattr(Config, name)}
+    return baselines.build(c.model, classes, c.weights, **{name: getattr(c, name) for name in takes - {"image_channels"}})
 
 
 def on(device, net):
@@ -176,7 +176,7 @@ def load(path):
 def load_net(path, device):
     """The network of a checkpoint, with the Config it was trained by."""
     content, config = load(path)
-    net = build(config, content["classes"])
+    net = build(replace(config, weights=""), content["classes"])  # its encoder is in the checkpoint
     net.load_state_dict(content["net"])
     return on(device, net).eval(), config, content["classes"]
 
