@@ -201,13 +201,13 @@ def load_encoder(encoder, path):
         extra = wanted[first].shape[1] - found[first].shape[1]
         found[first] = F.pad(found[first], (0, 0, 0, 0, 0, extra))
     shapes, have = ({n: tuple(getattr(v, "shape", ())) for n, v in d.items()} for d in (wanted, found))
-    wrong = [f"{n} is missing" for n in shapes if n not in have]
+    wrong = [f"{n} is missing" for n in shapes if n not in have and not n.endswith("num_batches_tracked")]  # older files lack it
     wrong += [f"{n} is not part of it" for n in have if n not in shapes]
     wrong += [f"{n} is {have[n]}, wanted {shapes[n]}" for n in shapes if n in have and have[n] != shapes[n]]
     if wrong:
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(f"{path}: does not fit {type(encoder).__name__}: {'; '.join(wrong[:4])}{more}")
-    encoder.load_state_dict(found)
+    encoder.load_state_dict(wanted | found)
 
 
 # ---------------------------------------------------------------- U-Nets and DRUs around them

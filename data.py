@@ -9,34 +9,26 @@ A folder of your own holds photographs and, under the same names, masks:
     train/images/  train/masks/  val/...  test/...                 or a folder for each split
     images/  masks/                                                or neither: split 70/15/15 by a fixed seed
 
-A mask is 0 and 1, or 0 and 255, or class ids 0, 1, 2, ... with 255 for void: pixels that neither train nor count. DRIVE is
-read as it is published: training/ and test/ with images/, 1st_manual/ and mask/, void outside the field of view.
+A mask is 0 and 1, or 0 and 255, or class ids 0, 1, 2, ... with 255 for void: pixels that neither train nor count.
+The datasets of the paper are read as they are published: layouts.py has them, one function each.
 """
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance
+
+from layouts import LAYOUTS, SPLITS, VOID, Found, find_pairs, open_picture
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # ImageNet's, by custom
-VOID = 255
-ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-SPLITS = ("train", "val", "test")
 
 # ---------------------------------------------------------------- one file
-
-
-def open_picture(path):
-    """The picture, upright: cameras store it as it fell and note in EXIF how to turn it."""
-    try:
-        return ImageOps.exif_transpose(Image.open(path))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error}); save it anew as JPEG or PNG") from None
 
 
 def read_photo(path):
@@ -72,120 +64,53 @@ def read_labels(path):
 
 
 @dataclass
-class Survey:
-    """What a folder holds: {split: [(name, photo, mask, field of view or None)]}, and whatever is wrong with it."""
+class Survey(Found):
+    """What a folder holds, and whatever is wrong with it."""
 
-    layout: str
-    pairs: dict = field(default_factory=dict)
-    problems: list = field(default_factory=list)
     classes: int = 2
     white: bool = False  # masks are 0 and 255, and 255 is class 1
     sizes: dict = field(default_factory=dict)  # {photo: (width, height)}
-    pixels: dict = field(default_factory=dict)  # {mask: how many pixels hold 0, 1, 2, ...}
+    pixels: dict = field(default_factory=dict)  # {photo: how many pixels of its mask hold 0, 1, 2, ...}
 
 
-def by_stem(folder, problems):
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
-            if path.stem in found:
-                problems.append(f"{path}: has the name of {found[path.stem].name}; two files may not share a name")
-            found[path.stem] = path
-    return found
-
-
-def pair_up(folder, names, problems):
-    """Match folder/images and folder/masks by name; `names` are the wanted ones, or None for all."""
-    images, masks = by_stem(folder / "images", problems), by_stem(folder / "masks", problems)
-    pairs = []
-    for stem in sorted(images.keys() | masks.keys()) if names is None else names:
-        missing = [kind for kind, files in (("images", images), ("masks", masks)) if stem not in files]
-        if missing:
-            wanted = " and ".join(f"{folder / kind}/{stem}.*" for kind in missing)
-            problems.append(f"{wanted}: missing; every photo needs a mask of the same name, and every mask its photo")
-        else:
-            pairs.append((stem, images[stem], masks[stem], None))
-    return pairs
-
-
-def find_pairs(root):
-    """Recognise the layout by looking, and pair photos with masks. Broken pairs become problems, not exceptions."""
-    lists, folders = [root / f"{s}.txt" for s in SPLITS], [root / s for s in SPLITS]
-    if not root.is_dir():
-        raise ValueError(f"{root}: is no folder; `python data.py {root}` would draw the toy set there")
-    if (root / "training" / "1st_manual").is_dir():
-        found = Survey("DRIVE, the last 4 training images for validation")
-        both = []
-        for part in "training", "test":
-            kinds = [by_stem(root / part / kind, found.problems) for kind in ("images", "1st_manual", "mask")]
-            both.append([])
-            for name in kinds[0]:
-                files = [kinds[0][name], kinds[1].get(f"{name[:2]}_manual1"), kinds[2].get(f"{name}_mask")]
-                if None in files:
-                    found.problems.append(f"{files[0]}: has no vessels in 1st_manual/ or no field of view in mask/")
-                else:
-                    both[-1].append((name, *files))
-        found.pairs = {"train": both[0][:-4], "val": both[0][-4:], "test": both[1]}
-    elif (root / "images").is_dir() and (root / "masks").is_dir():
-        if any(path.exists() for path in lists):
-            found, seen = Survey("train.txt, val.txt, test.txt"), {}
-            for split, path in zip(SPLITS, lists):
-                if not path.exists():
-                    found.problems.append(f"{path}: missing; write all three lists, or none for a seeded split")
-                    continue
-                lines = [Path(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-                names = [line.stem if line.suffix.lower() in ENDINGS else line.name for line in lines]
-                for name in names:
-                    if name in seen:
-                        found.problems.append(f"{path}: names {name}, which {seen[name].name} has already; once is enough")
-                    seen[name] = path
-                found.pairs[split] = pair_up(root, names, found.problems)
-        else:
-            found = Survey("seeded split 70/15/15, seed 0")
-            pairs = pair_up(root, None, found.problems)
-            order, part = np.random.default_rng(0).permutation(len(pairs)), max(1, round(0.15 * len(pairs)))
-            parts = order[2 * part :], order[:part], order[part : 2 * part]
-            found.pairs = {split: [pairs[i] for i in sorted(part)] for split, part in zip(SPLITS, parts)}
-    elif all((folder / kind).is_dir() for folder in folders for kind in ("images", "masks")):
-        found = Survey("train/, val/, test/")
-        found.pairs = {folder.name: pair_up(folder, None, found.problems) for folder in folders}
-    else:
-        here = ", ".join(sorted(p.name + "/" * p.is_dir() for p in root.iterdir())[:8]) or "nothing"
-        raise ValueError(
-            f"{root}: holds {here}; wanted images/ and masks/, or train/ val/ test/ with images/ and masks/ in each, "
-            "or DRIVE's training/ and test/"
-        )
-    found.problems += [f"{root}: has no photos for {split}; wanted at least one" for split in SPLITS if not found.pairs.get(split)]
-    return found
+def look(pair):
+    """Decode a photo and its mask: the photo's size, how often the mask holds each value, and what is wrong with them."""
+    _, photo, mask, read = pair
+    try:
+        with Image.open(photo) as head:
+            turned = head.getexif().get(0x0112, 1) >= 5
+            size = head.size[::-1] if turned else head.size
+            check_mode(photo, head)
+            head.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size
+            head.load()
+        labels = read() if read else read_labels(mask)
+        if labels.shape[::-1] != size:
+            h, w = labels.shape
+            return size, None, f"{mask}: is {w}x{h}, its photo is {size[0]}x{size[1]}; they must match pixel by pixel"
+        if labels.min() < 0 or labels.max() > 255:
+            return size, None, f"{mask}: holds values from {labels.min()} to {labels.max()}; wanted 0 to 255"
+        return size, np.bincount(labels.ravel(), minlength=256), None
+    except ValueError as error:
+        return None, None, str(error)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return None, None, f"{photo}: cannot be read as a picture ({error}); save it anew as JPEG or PNG"
 
 
 @lru_cache(maxsize=8)  # the three splits of a folder are opened one after the other
-def survey(root, void=VOID):
-    """Decode every mask and every photo once, so that a bad file is known before training, not in its third hour."""
-    found = find_pairs(Path(root))
-    for _, photo, mask, fov in (pair for pairs in found.pairs.values() for pair in pairs):
-        try:
-            with Image.open(photo) as head:
-                turned = head.getexif().get(0x0112, 1) >= 5
-                found.sizes[photo] = size = head.size[::-1] if turned else head.size
-                check_mode(photo, head)
-                head.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size
-                head.load()
-            labels = read_labels(mask)
-            for other, shape in ((mask, labels.shape), (fov, fov and read_labels(fov).shape)):
-                if shape and shape[::-1] != size:
-                    found.problems.append(
-                        f"{other}: is {shape[1]}x{shape[0]}, its photo is {size[0]}x{size[1]}; they must match pixel by pixel"
-                    )
-            if labels.min() < 0 or labels.max() > 255:
-                found.problems.append(f"{mask}: holds values from {labels.min()} to {labels.max()}; wanted 0 to 255")
-                continue
-            found.pixels[mask] = np.bincount(labels.ravel(), minlength=256)
-        except ValueError as error:
-            found.problems.append(str(error))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            found.problems.append(f"{photo}: cannot be read as a picture ({error}); save it anew as JPEG or PNG")
-    held = {mask: set(np.flatnonzero(count).tolist()) for mask, count in found.pixels.items()}
+def survey(root, void=VOID, layout=None):
+    """Look at every photo and mask once, so that a bad file is known before training, not in its third hour."""
+    found = Survey(**vars(find_pairs(Path(root), layout)))
+    pairs = [pair for pairs in found.pairs.values() for pair in pairs]
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        for (_, photo, _, _), (size, pixels, problem) in zip(pairs, pool.map(look, pairs)):
+            found.sizes |= {photo: size} if size else {}
+            found.pixels |= {photo: pixels} if pixels is not None else {}
+            found.problems += [problem] if problem else []
+    if found.names:
+        found.classes = len(found.names)
+        return found
+    mask_of = {photo: mask for _, photo, mask, _ in pairs}
+    held = {mask_of[photo]: set(np.flatnonzero(count).tolist()) for photo, count in found.pixels.items()}
     union = set().union(*held.values())
     found.white = union == {0, 255} and void == VOID
     ids = {0, 1} if found.white else union - {void, VOID}
@@ -220,7 +145,8 @@ class Photos(torch.utils.data.Dataset):
     """
 
     def __init__(self, found, split, size, augment, crop, rotate, void, seed):
-        self.pairs, self.layout, self.classes, self.white, self.void = found.pairs[split], found.layout, found.classes, found.white, void
+        self.pairs, self.layout, self.classes, self.names = found.pairs[split], found.layout, found.classes, found.names
+        self.white, self.void = found.white, void
         self.size, self.augment, self.rotate, self.seed = size, augment, rotate, seed
         sides = sorted(min(found.sizes[photo]) for _, photo, _, _ in self.pairs)
         self.typical = sides[len(sides) // 2]  # short side of the median photo
@@ -233,11 +159,10 @@ class Photos(torch.utils.data.Dataset):
 
     def read(self, i):
         """The photo and the mask, both as pictures."""
-        _, photo, mask, fov = self.pairs[i]
-        image, labels = read_photo(photo), read_labels(mask)
-        labels = labels == 255 if self.white else np.where(labels == self.void, VOID, labels)
-        if fov:
-            labels = np.where(np.asarray(open_picture(fov).convert("L")) > 127, labels, VOID)
+        _, photo, mask, read = self.pairs[i]
+        image, labels = read_photo(photo), read() if read else read_labels(mask)
+        if not read:
+            labels = labels == 255 if self.white else np.where(labels == self.void, VOID, labels)
         labels = Image.fromarray(labels.astype(np.uint8))
         if self.size:
             scale = self.size / min(image.size)
@@ -273,8 +198,8 @@ def augment(image, mask, crop, rotate, rng):
     grey = tuple(int(255 * m) for m in MEAN)
     image = image.transform((crop, crop), Image.AFFINE, how, Image.BILINEAR, fillcolor=grey)
     mask = mask.transform((crop, crop), Image.AFFINE, how, Image.NEAREST, fillcolor=VOID)
-    image = ImageEnhance.Color(image).enhance(rng.uniform(0.6, 1.4))
-    gamma, exposure, *tint = np.exp(rng.uniform(-1, 1, 5) * (0.5, 0.3, 0.1, 0.1, 0.1))
+    image = ImageEnhance.Color(image).enhance(rng.uniform(0.9, 1.1))
+    gamma, exposure, *tint = np.exp(rng.uniform(-1, 1, 5) * (0.15, 0.1, 0.02, 0.02, 0.02))
     curve = np.linspace(0, 1, 256)[:, None] ** gamma * exposure * tint
     return image.point((255 * curve).clip(0, 255).astype(np.uint8).T.ravel().tolist()), mask
 
@@ -285,11 +210,11 @@ def normalise(photo):
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def open_dataset(root, split, size=None, augment=False, *, crop=None, rotate=15, void=VOID, seed=0):
+def open_dataset(root, split, size=None, augment=False, *, crop=None, rotate=15, void=VOID, seed=0, layout=None):
     """The photos of one split of a folder, as Photos describes them. A ValueError names the first problem of the folder."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; the splits are {', '.join(SPLITS)}")
-    found = survey(str(root), void)
+    found = survey(str(root), void, layout or None)
     if found.problems:
         more = len(found.problems) - 1
         raise ValueError(found.problems[0] + (f"\n{more} more such lines: python data.py --check {root}" if more else ""))
@@ -299,13 +224,13 @@ def open_dataset(root, split, size=None, augment=False, *, crop=None, rotate=15,
 # ---------------------------------------------------------------- the command line
 
 
-def check(root, void):
+def check(root, void, layout):
     """Print what a folder holds; return how many problems it has."""
-    found = survey(str(root), void)
-    print(f"{root}: {found.layout}, {found.classes} classes")
+    found = survey(str(root), void, layout)
+    print(f"{root}: {found.layout}, {found.classes} classes {' '.join(found.names)}".rstrip())
     for split, pairs in found.pairs.items():
         sizes = sorted({found.sizes[photo] for _, photo, _, _ in pairs if photo in found.sizes}, key=np.prod)
-        pixels = sum((found.pixels[mask] for _, _, mask, _ in pairs if mask in found.pixels), np.zeros(256, int))
+        pixels = sum((found.pixels[photo] for _, photo, _, _ in pairs if photo in found.pixels), np.zeros(256, int))
         shares = ", ".join(f"{value}: {pixels[value] / pixels.sum():.1%}" for value in np.flatnonzero(pixels))
         span = f"{sizes[0][0]}x{sizes[0][1]} to {sizes[-1][0]}x{sizes[-1][1]}" if sizes else "-"
         print(f"{split:5} {len(pairs):5} photos, {span}; mask values {shares}")
@@ -320,10 +245,11 @@ def main():
     cli.add_argument("folder", type=Path, help="where to draw the toy set, or what to check")
     cli.add_argument("--check", action="store_true", help="list every problem of a folder instead of drawing")
     cli.add_argument("--void", type=int, default=VOID, help="class id that is void, besides 255")
+    cli.add_argument("--layout", choices=list(LAYOUTS), help="how the folder is laid out, where two layouts fit")
     args = cli.parse_args()
     try:
         if args.check:
-            sys.exit(check(args.folder, args.void) > 0)
+            sys.exit(check(args.folder, args.void, args.layout) > 0)
         if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
             raise ValueError(f"{args.folder}: exists and is not empty; name a new folder for the toy set")
         from toy import draw_set  # only here: data.py works without it

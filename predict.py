@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from data import ENDINGS, normalise, read_photo
+from data import normalise, read_photo
+from layouts import ENDINGS
 from train import autocast, to_mask, load_net, segment, to_size
 
 COLOURS = np.uint8([(0, 0, 0), (0, 200, 160), (255, 120, 60), (90, 120, 255), (255, 210, 60), (220, 80, 200), (120, 210, 60)])

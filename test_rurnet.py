@@ -30,6 +30,7 @@ import baselines
 import data
 import figures
 import gates_triton
+import layouts
 import predict
 import train
 from data import open_dataset, read_photo, survey
@@ -742,6 +743,155 @@ def test_lists_split_folders_and_seeded_split(folder, tmp_path):
     assert "seed 0" in open_dataset(tmp_path / "bare", "train").layout
 
 
+def save(picture, path, **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, **how)
+
+
+def write_names(path, *names):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(names) + "\n")
+
+
+def make_eyth(root):
+    for split, name in zip(data.SPLITS, ("vid4_1", "vid6_2", "vid9_3")):
+        save(blob()[0], root / f"images/{name}.jpg")
+        save(blob()[1], root / f"masks/{name}.png")
+        write_names(root / f"train-val-test-split/{split}.txt", name)
+    (root / "masks/vid4_1.png").rename(root / "masks/vid4_1")  # as in the archive
+    return [["vid4_1"], ["vid6_2"], ["vid9_3"]], 2
+
+
+def make_gtea(root):
+    for name in "s1_tea_0000000010", "s2_cheese_0000000020", "s3_tea_0000000030", "s4_pealate_0000000040":
+        save(blob()[0], root / f"Images/{name}.jpg")
+        save(blob()[1], root / f"Masks/{name}.jpg", quality=60)  # and so with noise around 0 and 255
+    return [["s1_tea_0000000010", "s3_tea_0000000030"], ["s4_pealate_0000000040"], ["s2_cheese_0000000020"]], 2
+
+
+def make_hof(root):
+    for name in "12", "7", "9":
+        save(blob()[0].convert("L" if name == "7" else "RGB"), root / f"images_resized/{name}.jpg")
+        save(blob()[1], root / f"masks/{name}.png")
+    write_names(root / "train.txt", "12", "9")
+    write_names(root / "test.txt", "7")
+    return [["12", "9"], ["7"], ["7"]], 2
+
+
+def make_kbh(root):
+    for name, listed in ("36_1/00081", "test"), ("29_2/00033", "val"), ("1_3/00010", "train"), ("1_3/00020", "train"):
+        save(blob()[0], root / f"data_split_by_seq/{name}_halfres.jpg")
+        save(blob()[1], root / f"data_split_by_seq/{name}_mask.png")
+        at = root / f"train_val_test_split/{listed}.txt"
+        write_names(at, *(at.read_text().split() if at.exists() else ()), name)
+    return [["36_1_00081"], ["29_2_00033"], ["1_3_00010", "1_3_00020"]], 2
+
+
+def make_roads(root, where="{split}/{kind}/{name}.{end}", splits=("train", "valid", "test")):
+    for split in splits:
+        photo = blob()[0]
+        ImageDraw.Draw(photo).rectangle((0, 0, 5, 40), fill=(255, 255, 255))
+        for picture, kind, end in (photo, "sat", "tiff"), (blob()[1], "map", "tif"):
+            save(picture, root / where.format(split=split, kind=kind, name=f"{split}1", end=end, tail="_labels" * (kind == "map")))
+    return [[f"{split}1"] for split in splits], 2
+
+
+def make_other_roads(root):
+    return make_roads(root, "tiff/{split}{tail}/{name}.{end}", data.SPLITS)
+
+
+def make_cityscapes(root):
+    for part, city, name in ("train", "aachen", "a"), ("train", "ulm", "b"), ("val", "munster", "c"), ("test", "bonn", "d"):
+        save(blob()[0], root / f"leftImg8bit/{part}/{city}/{name}_leftImg8bit.png")
+        ids = np.asarray(blob()[1]) // 255 * np.uint8(19) + 7  # road, and a box of 26: car
+        ids[:, :6] = 4  # of no train id
+        save(Image.fromarray(ids), root / f"gtFine/{part}/{city}/{name}_gtFine_labelIds.png")
+    return [["a"], ["b"], ["c"]], 19
+
+
+def make_camvid(root):
+    for i, split in enumerate(data.SPLITS):
+        save(blob()[0], root / f"{split}/{i}.png")
+        ids = np.asarray(blob()[1]) // 255 * np.uint8(8)
+        ids[:, :6] = 11
+        save(Image.fromarray(ids), root / f"{split}annot/{i}.png")
+    return [["0"], ["1"], ["2"]], 11
+
+
+def make_egohands(root):
+    io = pytest.importorskip("scipy.io", reason="EgoHands needs scipy")
+    parts = [], [], []
+    for video, part in ("CARDS_OFFICE_T_B", 0), ("CHESS_OFFICE_B_S", 0), ("JENGA_COURTYARD_T_S", 1), ("PUZZLE_COURTYARD_H_T", 2):
+        outline = np.array([[8.0, 6.0], [27.0, 6.0], [27.0, 21.0], [8.0, 21.0]])
+        fields = [(name, object) for name in ("myleft", "myright", "yourleft", "yourright")]
+        polygons = np.zeros((1, 2), fields)
+        for i in range(2):
+            for name, _ in fields:
+                polygons[0, i][name] = outline if (name, i) == ("yourleft", 1) else np.zeros((1, 0))
+            save(blob()[0], root / f"_LABELLED_SAMPLES/{video}/frame_{i * 100:04}.jpg")
+            parts[part].append(f"{video}_frame_{i * 100:04}")
+        io.savemat(root / f"_LABELLED_SAMPLES/{video}/polygons.mat", {"polygons": polygons})
+    return list(parts), 2
+
+
+PUBLISHED = {
+    "eyth": make_eyth, "gtea": make_gtea, "hof": make_hof, "kbh": make_kbh, "massachusetts": make_roads, "tiff": make_other_roads,
+    "cityscapes": make_cityscapes, "camvid": make_camvid, "egohands": make_egohands,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_datasets_are_read_as_they_are_published(name, tmp_path):
+    want, classes = PUBLISHED[name](tmp_path)
+    splits = [open_dataset(tmp_path, split) for split in data.SPLITS]
+    assert [names(s) for s in splits] == want and {s.classes for s in splits} == {classes}
+    assert all(len(s.names) == classes for s in splits)
+    box = np.asarray(blob()[1]) > 0
+    for i, s in enumerate(splits):
+        image, mask = s[len(s) - 1]
+        void, mask = mask.numpy() == 255, mask.numpy()
+        if name == "egohands":
+            assert mask.sum() == 20 * 16 and mask[6:22, 8:28].all() and s[0][1].sum() == 0  # the first frame shows no hand
+            continue
+        assert void.any() == (name in ("massachusetts", "tiff", "cityscapes", "camvid")) and void[:, 6:].sum() == 0
+        front, back = {"cityscapes": (13, 0), "camvid": (8, 0)}.get(name, (1, 0))
+        np.testing.assert_array_equal(mask[~void], np.where(box, front, back)[~void])
+
+
+def test_a_layout_can_be_named_and_must_fit(tmp_path):
+    make_hof(tmp_path)
+    for name in "12", "7", "9":
+        save(blob()[0], tmp_path / f"images/{name}.png")
+    write_names(tmp_path / "val.txt", "3")
+    with pytest.raises(ValueError, match="could be lists or hof; say which with --layout"):
+        open_dataset(tmp_path, "train")
+    assert names(open_dataset(tmp_path, "train", layout="hof")) == ["12", "9"]
+    with pytest.raises(ValueError, match="(?s)wanted one of these:.*DRIVE: training/"):
+        open_dataset(tmp_path, "train", layout="drive")
+    with pytest.raises(ValueError, match="no layout 'voc'; there are lists, "):
+        open_dataset(tmp_path, "train", layout="voc")
+
+
+def test_broken_datasets_say_what_is_missing(tmp_path):
+    make_kbh(tmp_path / "kbh")
+    (tmp_path / "kbh/data_split_by_seq/1_3/00020_mask.png").unlink()
+    with pytest.raises(ValueError, match="00020_mask.png: missing"):
+        open_dataset(tmp_path / "kbh", "train")
+    make_camvid(tmp_path / "camvid")
+    blob()[0].save(tmp_path / "camvid/trainannot/0.png")
+    with pytest.raises(ValueError, match="0.png: holds .* and colours; the annotations of CamVid"):
+        open_dataset(tmp_path / "camvid", "train")
+    make_egohands(tmp_path / "ego")
+    (tmp_path / "ego/_LABELLED_SAMPLES/CHESS_OFFICE_B_S/frame_0000.jpg").unlink()
+    with pytest.raises(ValueError, match="polygons.mat: outlines 2 frames, the folder holds 1"):
+        open_dataset(tmp_path / "ego", "train")
+    (tmp_path / "ego/_LABELLED_SAMPLES/CHESS_OFFICE_B_S/polygons.mat").write_bytes(b"MATLAB")
+    with pytest.raises(ValueError, match="is no polygons.mat of EgoHands"):
+        layouts.load_polygons.cache_clear()
+        survey.cache_clear()
+        open_dataset(tmp_path / "ego", "train")
+
+
 def test_drive_layout(tmp_path):
     for part, numbers in ("training", range(21, 29)), ("test", range(1, 4)):
         for kind in "images", "1st_manual", "mask":
@@ -849,7 +999,7 @@ def test_what_is_wrong_with_a_folder_is_said_in_full(folder):
     assert done.returncode == 1 and all(f"p{i}" in done.stdout for i in (1, 2, 3)) and "3 problems" in done.stdout
     with pytest.raises(ValueError, match="no folder"):
         open_dataset(folder / "absent", "train")
-    with pytest.raises(ValueError, match=r"holds p0.png.*wanted images/"):
+    with pytest.raises(ValueError, match=r"(?s)holds p0.png.*wanted one of these.*images/ and masks/"):
         open_dataset(folder / "images", "train")
     with pytest.raises(ValueError, match="'training'"):
         open_dataset(folder, "training")
@@ -861,7 +1011,7 @@ def test_what_is_wrong_with_a_folder_is_said_in_full(folder):
 @law
 @given(w=st.integers(20, 90), h=st.integers(20, 90), short=st.integers(8, 64))
 def test_size_is_the_short_side(w, h, short):
-    found = data.Survey("", {"train": [("x", None, None, None)]}, sizes={None: (w, h)})
+    found = data.Survey("", pairs={"train": [("x", None, None, None)]}, sizes={None: (w, h)})
     photos = data.Photos(found, "train", short, False, None, 0, 255, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "read_photo", lambda path: blob(w, h)[0])
@@ -897,7 +1047,7 @@ def test_augmentation_flips_scales_turns_and_lights():
     areas = [(np.asarray(mask) == 1).sum() for _, mask in drawn]
     assert max(areas) > 2 * min(areas)
     means = [np.asarray(image)[np.asarray(mask) == 1].mean(0) for image, mask in drawn]
-    assert np.std(means, axis=0).min() > 10
+    assert np.std(means, axis=0).min() > 3  # of 255: the light changes little, see augment
     stems = []  # the long stroke of F lies left of its arms, or right where flipped; its tilt is the turn
     for _, mask in drawn:
         y, x = np.nonzero(np.asarray(mask) == 1)
@@ -942,8 +1092,11 @@ def test_toy_folder_is_drawn_once(tmp_path):
 @needs_shared
 @pytest.mark.parametrize("name, count, classes", [
     ("hgr", (116, 28, 50), 2), ("hands", (35, 11, 24), 2), ("DRIVE", (16, 4, 20), 2), ("camvid", (367, 101, 233), 11),
+    ("epfl_roads", (70, 10, 20), 2), ("EgoHands", (14, 2, 4), 2),
 ])  # fmt: skip
 def test_real_folders(name, count, classes):
+    if name == "EgoHands":
+        pytest.importorskip("scipy.io", reason="EgoHands needs scipy")
     void = 11 if name == "camvid" else 255
     splits = [open_dataset(SHARED / name, split, void=void) for split in data.SPLITS]
     assert tuple(map(len, splits)) == count and {s.classes for s in splits} == {classes}

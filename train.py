@@ -25,8 +25,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import baselines
-from data import MEAN, STD, VOID, open_dataset
+from data import MEAN, STD, open_dataset
 from gates_triton import fuse
+from layouts import VOID
 
 matplotlib.use("Agg")  # draw to files: a server has no screen
 import matplotlib.pyplot as plt  # noqa: E402
@@ -50,6 +51,7 @@ class Config:
     size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most photos are smaller")
     crop: int = knob(0, "side of the training crops; 0: as --size")
     rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up")
+    layout: str = knob("", "how --data is laid out, where two layouts fit; layouts.py has their names")
     void: int = knob(VOID, "class id in the masks that neither trains nor counts, besides 255")
     views: int = knob(1, "2 averages every photo with its mirror image when scoring, as the official code does", choices=[1, 2])
     epochs: int = knob(30, "one shows every photo once, or as many times as make 400")
@@ -190,7 +192,7 @@ def train(c, resume=False):
     if not resume and (out / "last.pt").exists():
         raise ValueError(f"{out}: holds a run already; --resume goes on with it, another --out starts a new one")
 
-    options = dict(void=c.void, rotate=c.rotate, seed=c.seed)
+    options = dict(void=c.void, layout=c.layout, rotate=c.rotate, seed=c.seed)
     photos = open_dataset(c.data, "train", c.size, augment=True, crop=c.crop, **options)
     held_out = open_dataset(c.data, "val", **options)
     photos.repeat = -(-400 // len(photos))
@@ -297,7 +299,7 @@ def test(c, checkpoint):
     """The closing table, from the checkpoint that was best on validation."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, _, classes = load_net(checkpoint, device)
-    photos = open_dataset(c.data, "test", void=c.void)
+    photos = open_dataset(c.data, "test", void=c.void, layout=c.layout)
     if photos.classes != classes:
         raise ValueError(f"{checkpoint}: knows {classes} classes, {c.data} has {photos.classes}; evaluate on data of the same kind")
     matrices = evaluate(net, photos, c, device)
@@ -329,7 +331,7 @@ def parse(argv=None):
         if args[name] != saved[name]:
             raise ValueError(f"--{name} {args[name]}: {start} was made with {saved[name]}; leave it out, or start a new run")
     if not c.size:
-        c.size = min(128, open_dataset(c.data, "train", void=c.void).typical)
+        c.size = min(128, open_dataset(c.data, "train", void=c.void, layout=c.layout).typical)
     return c, resume, checkpoint
 
 
