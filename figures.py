@@ -193,7 +193,7 @@ def more_passes():
     net, config, photos = trained()
     config.passes = 6
     figure, ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
-    values = [scores(matrix)["IoU"] for matrix in evaluate(net, photos, config, torch.device("cpu"))]
+    values = [scores(matrix)["IoU"] for matrix in evaluate(net, photos, config, torch.device("cpu"))[0]]
     ax.axvspan(0.7, 3.5, color=GREEN, alpha=0.1, lw=0)
     ax.plot(range(1, 7), values, "o-", color=BLUE)
     ax.set(xlabel="passes at test time", ylabel="IoU of the hands", xlim=(0.7, 6.3), title="shaded: the passes it was trained with")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import normalise, read_photo
 from layouts import ENDINGS
-from train import autocast, to_mask, load_net, segment, to_size
+from train import autocast, load_net, segment, to_photo, to_size
 
 COLOURS = np.uint8([(0, 0, 0), (0, 200, 160), (255, 120, 60), (90, 120, 255), (255, 210, 60), (220, 80, 200), (120, 210, 60)])
 
@@ -91,9 +91,9 @@ def main():
                 state = net.start(frame)
             with autocast(device):
                 s, state = net.step(frame, state)
-            mask = to_mask(s, image.shape[1:]).numpy()
+            mask = to_photo(s, image.shape[1:]).argmax(0).numpy()
         else:
-            mask = segment(net, image, config)[-1].numpy()
+            mask = segment(net, image, config)[-1].argmax(0).numpy()
         Image.fromarray((mask * (255 if classes == 2 else 1)).astype(np.uint8)).save(mask_path)
         overlay(photo, mask).save(overlay_path, quality=92)
     print(f"{len(inputs) - failed} masks in {args.out}/" + (f", {failed} pictures could not be read" if failed else ""))

@@ -1309,6 +1309,27 @@ def test_scores_by_hand():
     assert missed["IoU"] == 0 and missed["mIoU"] == missed["mPrec"] == pytest.approx(4 / 6 / 2)
 
 
+def test_break_even_is_where_precision_meets_recall():
+    # probabilities of the foreground's four pixels .9 .8 .4 .1, of the background's .7 .3 .2: at .4 four are called, three of them right
+    curve = torch.zeros(2, 11, dtype=torch.long)
+    curve[1, [9, 8, 4, 1]] = 1
+    curve[0, [7, 3, 2]] = 1
+    assert train.break_even(curve) == pytest.approx(3 / 4)
+    rng = np.random.default_rng(0)
+    truth = rng.random(20000) < 0.1
+    p = np.clip(truth * 0.3 + rng.random(20000) * 0.7, 0, 1).round(3)
+    curve = torch.tensor([[((p * 1000).round() == b)[truth == k].sum() for b in range(1001)] for k in (0, 1)])
+    points = [((truth & (p >= t)).sum() / max(1, (p >= t).sum()), (truth & (p >= t)).sum() / truth.sum()) for t in np.unique(p)]
+    precision, recall = min(points, key=lambda point: abs(point[0] - point[1]))
+    assert train.break_even(curve) == pytest.approx((precision + recall) / 2, abs=2e-3)
+
+
+def test_classes_are_named_in_the_table(capsys):
+    matrix = torch.tensor([[[4, 0, 1], [0, 3, 0], [1, 1, 2]]])
+    train.print_table(matrix, torch.zeros(1, 2, 1001), "title", ("sky", "road", "car"))
+    assert "sky 0.6667, road 0.7500, car 0.4000" in capsys.readouterr().out
+
+
 @law
 @given(classes=st.integers(2, 4), seed=seeds)
 def test_scores_equal_their_definition_by_sets(classes, seed):
@@ -1352,7 +1373,7 @@ def test_a_run_leaves_what_readme_promises(trained):
     assert {p.name for p in (at / "run").iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "samples.png"}
     assert "seeded split" in printed and re.search(r"epoch +2/2  loss [\d.]+  val mIoU [\d.]+", printed)
     rows = printed.splitlines()[-4:]
-    assert rows[0].split() == ["pass", "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1"]
+    assert rows[0].split() == ["pass", "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1", "BEP"]
     assert [row.split()[0] for row in rows[1:]] == ["1", "2", "3"]
     log = (at / "run/log.csv").read_text().splitlines()
     assert len(log) == 3 and log[0].startswith("epoch,loss,lr")
@@ -1372,11 +1393,11 @@ def test_two_views_are_the_mean_of_photo_and_mirror(trained):
     net, c, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
     image, c.views = data.normalise(read_photo(at / "photos/images/p1.png")), 2
     once, mirrored = train.segment(net, image, c), train.segment(net, image.flip(-1), c)
-    assert all(torch.equal(a, b.flip(-1)) for a, b in zip(once, mirrored))  # no left or right is preferred
+    assert all(torch.equal(a.argmax(0), b.argmax(0).flip(-1)) for a, b in zip(once, mirrored))  # no left or right is preferred
     with torch.no_grad():
         small = train.to_size(image, c.size)
         both = [sum(x) for x in zip(*([s.softmax(1) for s in net(small)], [s.softmax(1).flip(-1) for s in net(small.flip(-1))]))]
-    assert all(torch.equal(a, train.to_mask(b, image.shape[1:])) for a, b in zip(once, both))
+    assert all(torch.equal(a, train.to_photo(b.log(), image.shape[1:])) for a, b in zip(once, both))
 
 
 def test_resume_ends_in_the_same_weights_bit_for_bit(trained, tmp_path, monkeypatch):
@@ -1421,7 +1442,7 @@ def test_masks_have_the_size_of_their_photos(trained, tmp_path):
     assert turned.size == (33, 61) and set(np.unique(turned)) <= {0, 255}
     assert Image.open(tmp_path / "out/turned_overlay.jpg").size == (33, 61)
     net, config, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
-    want = train.segment(net, data.normalise(read_photo(at / "photos/images/p0.png")), config)[-1]
+    want = train.segment(net, data.normalise(read_photo(at / "photos/images/p0.png")), config)[-1].argmax(0)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/p0.png")), want * 255)
 
 
@@ -1436,7 +1457,7 @@ def test_frames_carry_the_state(trained, tmp_path):
         frame = train.to_size(image, config.size)
         with torch.no_grad():
             s, state = net.step(frame, state or net.start(frame))
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"p{i}.png")), train.to_mask(s, image.shape[1:]) * 255)
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"p{i}.png")), train.to_photo(s, image.shape[1:]).argmax(0) * 255)
 
 
 def test_mistakes_get_one_sentence(trained, tmp_path, monkeypatch):

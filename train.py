@@ -99,11 +99,25 @@ def confusion(prediction, truth, classes):
     return torch.bincount(truth[seen] * classes + prediction[seen], minlength=classes**2).view(classes, classes)
 
 
+def class_ious(matrix):
+    """(K,) in float64; NaN for a class that neither occurs nor is called."""
+    matrix = matrix.double()
+    return matrix.diag() / (matrix.sum(0) + matrix.sum(1) - matrix.diag())
+
+
+def break_even(curve):
+    """Where precision equals recall, for two classes. curve (2, bins): pixels of either class by the foreground's probability."""
+    hit, called = curve[1].flip(0).cumsum(0), curve.sum(0).flip(0).cumsum(0)  # at every threshold, from 1 down
+    true = curve[1].sum()
+    at = (called - true).abs().argmin()  # as many called as there are: then hit / called = hit / true
+    return (2 * hit[at] / (called[at] + true)).item()
+
+
 def scores(matrix):
     """From one confusion matrix over the whole split. A class that neither occurs nor is called is left out."""
     matrix = matrix.double()
     hit, true, called = matrix.diag(), matrix.sum(1), matrix.sum(0)
-    iou, f1 = hit / (true + called - hit), 2 * hit / (true + called)
+    iou, f1 = class_ious(matrix), 2 * hit / (true + called)
     precision, recall = hit / called.clamp(min=1), hit / true.clamp(min=1)
     table = {"mIoU": iou, "mPrec": precision, "mRec": recall, "mF1": f1}
     row = {name: values[true + called > 0].mean().item() for name, values in table.items()}
@@ -121,38 +135,46 @@ def to_size(image, size):
     return F.interpolate(image[None], shape, mode="bilinear", antialias=True)
 
 
-def to_mask(s, shape):
-    """Logits (1, K, h, w) -> class ids (H, W) on the CPU, at the photo's own resolution."""
-    return F.interpolate(s.float(), shape, mode="bilinear")[0].argmax(0).cpu()
+def to_photo(s, shape):
+    """Logits (1, K, h, w) -> probabilities (K, H, W) at the photo's own resolution, on the CPU."""
+    return F.interpolate(s.float(), shape, mode="bilinear")[0].softmax(0).cpu()
 
 
 @torch.no_grad()
 def segment(net, image, c):
-    """Image (3, H, W) of any size -> the class ids (H, W) after every pass."""
+    """Image (3, H, W) of any size -> the probabilities (K, H, W) after every pass."""
     small = to_size(image, c.size)
     with autocast(image.device):
         masks = net(small, c.passes)
         if c.views == 2:
             mirrored = net(small.flip(-1), c.passes)
-            masks = [s.softmax(1) + m.softmax(1).flip(-1) for s, m in zip(masks, mirrored)]
-    return [to_mask(s, image.shape[-2:]) for s in masks]
+            masks = [(s.softmax(1) + m.softmax(1).flip(-1)).log() for s, m in zip(masks, mirrored)]
+    return [to_photo(s, image.shape[-2:]) for s in masks]
 
 
 def evaluate(net, dataset, c, device):
-    """(N, K, K): one confusion matrix a pass, over the whole split."""
+    """Over the whole split, for every pass: confusion matrices (N, K, K) and, of the foreground, curves (N, 2, 1001)."""
     net.eval()
-    matrices = 0
+    matrices, curves = 0, 0
     for image, truth in tqdm(dataset, desc="evaluate", leave=False, disable=None):
-        masks = segment(net, image.to(device), c)
-        matrices += torch.stack([confusion(mask, truth, dataset.classes) for mask in masks])
-    return matrices
+        passes = segment(net, image.to(device), c)
+        matrices += torch.stack([confusion(p.argmax(0), truth, dataset.classes) for p in passes])
+        seen = truth != VOID
+        bins = [(truth[seen] == 1) * 1001 + (1000 * p[1][seen]).round().long() for p in passes]
+        curves += torch.stack([torch.bincount(b, minlength=2002).view(2, 1001) for b in bins])
+    return matrices, curves
 
 
-def print_table(matrices, title):
+def print_table(matrices, curves, title, names):
     rows = [scores(matrix) for matrix in matrices]
+    if len(matrices[0]) == 2:
+        rows = [row | {"BEP": break_even(curve)} for row, curve in zip(rows, curves)]
     print(f"\n{title}\npass  " + "  ".join(f"{name:>6}" for name in rows[0]))
     for t, row in enumerate(rows, 1):
         print(f"{t:4}  " + "  ".join(f"{value:6.4f}" for value in row.values()))
+    if len(matrices[0]) > 2:
+        ious = class_ious(matrices[-1]).tolist()
+        print("IoU of each class, last pass: " + ", ".join(f"{names[k] if names else k} {iou:.4f}" for k, iou in enumerate(ious)))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -238,7 +260,7 @@ def train(c, resume=False):
             mean.update_parameters(net)
             total += loss.item()
         speed = steps * c.batch / (time.time() - began)
-        rows = [scores(matrix) for matrix in evaluate(mean.module, held_out, c, device)]
+        rows = [scores(matrix) for matrix in evaluate(mean.module, held_out, c, device)[0]]
         seconds, score = time.time() - began, rows[-1]["mIoU"]
         row = {"epoch": epoch, "loss": total / steps, "lr": schedule.get_last_lr()[0], "seconds": seconds}
         log.append(row | {f"{name}_{t}": value for t, scored in enumerate(rows, 1) for name, value in scored.items()})
@@ -284,7 +306,7 @@ def draw_samples(net, dataset, c, device, path, rows=4, height=160):
     lines = []
     for i in np.linspace(0, len(dataset) - 1, min(rows, len(dataset))).astype(int):
         image, truth = dataset[i]
-        masks = segment(net, image.to(device), c)
+        masks = [p.argmax(0) for p in segment(net, image.to(device), c)]
         photo = ((image.numpy().transpose(1, 2, 0) * STD + MEAN) * 255).round().astype(np.uint8)
         greys = [np.where(m == VOID, 96, m * 255 // (dataset.classes - 1)).astype(np.uint8) for m in (truth, *masks)]
         pictures = [Image.fromarray(photo)] + [Image.fromarray(grey).convert("RGB") for grey in greys]
@@ -302,8 +324,8 @@ def test(c, checkpoint):
     photos = open_dataset(c.data, "test", void=c.void, layout=c.layout)
     if photos.classes != classes:
         raise ValueError(f"{checkpoint}: knows {classes} classes, {c.data} has {photos.classes}; evaluate on data of the same kind")
-    matrices = evaluate(net, photos, c, device)
-    print_table(matrices, f"{c.data}, {len(photos)} test photos, {checkpoint}")
+    matrices, curves = evaluate(net, photos, c, device)
+    print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {checkpoint}", photos.names)
     draw_samples(net, photos, c, device, checkpoint.parent / "samples.png")
 
 

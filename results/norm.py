@@ -50,7 +50,7 @@ def main(table, data, size, crop):
             recurrent_loss(net(image), truth, 1).backward()
             optimiser.step()
             schedule.step()
-        matrix = evaluate(net, open_dataset(data, "val"), Config(size=int(size)), torch.device("cpu"))[0]
+        matrix = evaluate(net, open_dataset(data, "val"), Config(size=int(size)), torch.device("cpu"))[0][0]
         with open(table, "a", newline="") as file:
             csv.writer(file).writerow([Path(data).name, name, f"{scores(matrix)['IoU']:.4f}"])
 
