@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: afterwards the kernels fail in confusing ways
 
 import baselines
+import bench
 import data
 import figures
 import gates_triton
@@ -1493,6 +1494,21 @@ def test_mistakes_get_one_sentence(trained, tmp_path, monkeypatch):
         assert words in stopped.value.code and stopped.value.code.startswith(f"{script}: "), args
 
 
+# ---------------------------------------------------------------- bench.py
+
+
+def test_bench_prints_a_row_for_every_system(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SYSTEMS", ["dru", "unet-g"])
+    monkeypatch.setattr(bench, "FRAME", (1, 3, 32, 48))
+    bench.table(2)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[:2] for row in rows] == [["dru", "364,338"], ["unet-g", "486,562"]]
+    for row in rows:
+        ms, low, high, per_second, memory = float(row[3]), float(row[4]), float(row[6]), float(row[7]), float(row[8])
+        assert 0 < low <= ms <= high and per_second == pytest.approx(1000 / ms, rel=0.05) and memory > 0
+    assert run("bench.py").returncode == 2
+
+
 # ---------------------------------------------------------------- tutorial.md, figures.py
 
 
@@ -1601,7 +1617,7 @@ def test_pages_name_only_scripts_and_flags_that_exist():
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S))
     commands = re.findall(r"python (\w+\.py)([^&#\n]*)", blocks) + re.findall(r"`python (\w+\.py)([^`]*)`", text)
     assert len(commands) > 8
-    helps = {script: run(script, "--help").stdout for script in ("data.py", "train.py", "predict.py", "figures.py")}
+    helps = {script: run(script, "--help").stdout for script in ("data.py", "train.py", "predict.py", "figures.py", "bench.py")}
     for script, flags in commands:
         assert (HERE / script).exists()
         assert all(flag in helps[script] for flag in re.findall(r"--[a-z]+", flags)), (script, flags)
