@@ -48,8 +48,8 @@ class Config:
     hidden: int = knob(16, "channels of the hidden state")
     passes: int = knob(3, "N, how often the network sees each photo")
     alpha: float = knob(0.4, "pass t weighs alpha**(N - t) in the loss; 1 weighs all alike")
-    size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most photos are smaller")
-    crop: int = knob(0, "side of the training crops; 0: as --size")
+    size: int = knob(0, "short side of the photos in pixels; 0: 256, or less where most photos are smaller")
+    crop: int = knob(0, "side of the training crops; 0: 160, or --size where that is smaller")
     rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up")
     layout: str = knob("", "how --data is laid out, where two layouts fit; layouts.py has their names")
     void: int = knob(VOID, "class id in the masks that neither trains nor counts, besides 255")
@@ -353,7 +353,8 @@ def parse(argv=None):
         if args[name] != saved[name]:
             raise ValueError(f"--{name} {args[name]}: {start} was made with {saved[name]}; leave it out, or start a new run")
     if not c.size:
-        c.size = min(128, open_dataset(c.data, "train", void=c.void, layout=c.layout).typical)
+        c.size = min(256, open_dataset(c.data, "train", void=c.void, layout=c.layout).typical)
+    c.crop = c.crop or min(160, c.size)
     return c, resume, checkpoint
 
 
