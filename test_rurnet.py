@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from pathlib import Path
 
@@ -1412,13 +1414,85 @@ def test_resume_ends_in_the_same_weights_bit_for_bit(trained, tmp_path, monkeypa
         patch.setattr(train, "write_log", pull_the_plug)
         with pytest.raises(KeyboardInterrupt):
             train.train(train.parse(flags)[0])
-    config, resume, _ = train.parse([*flags, "--resume"])
-    train.train(config, resume)
-    whole, pieces = (train.load(run / "last.pt")[0] for run in (at / "run", tmp_path))
-    assert whole["net"].keys() == pieces["net"].keys()
-    assert all(torch.equal(a, b) for a, b in zip(whole["net"].values(), pieces["net"].values()))
-    strip = [[{k: v for k, v in row.items() if k != "seconds"} for row in run["log"]] for run in (whole, pieces)]
-    assert strip[0] == strip[1] and len(strip[0]) == 2
+    train.train(*train.parse([*flags, "--resume"])[:2])
+    assert alike(tmp_path, at / "run") and len(train.load(tmp_path / "last.pt")[0]["log"]) == 2
+
+
+def alike(run, other):
+    """Whether two runs ended in the same weights, bit for bit, and the same log but for the seconds."""
+    (a, _), (b, _) = (train.load(at / "last.pt") for at in (run, other))
+    strip = [[{k: v for k, v in row.items() if k != "seconds"} for row in content["log"]] for content in (a, b)]
+    same = all(torch.equal(x, y) for kind in ("net", "raw") for x, y in zip(a[kind].values(), b[kind].values(), strict=True))
+    return same and strip[0] == strip[1] and len((run / "log.csv").read_text().splitlines()) == len(a["log"]) + 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_resume_goes_on(trained, tmp_path, monkeypatch, number, capsys):
+    at, _ = trained
+    flags = ["--data", str(at / "photos"), "--out", str(tmp_path), *TINY]
+    steps, loss = itertools.count(), train.recurrent_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "recurrent_loss", lambda *a: (next(steps) == 57 and signal.raise_signal(number)) or loss(*a))
+        with pytest.raises(SystemExit) as stopped:
+            train.train(train.parse(flags)[0])
+    assert stopped.value.code == 128 + number and "stopped after epoch 2, step 8" in capsys.readouterr().err
+    assert not alike(tmp_path, at / "run")
+    train.train(*train.parse([*flags, "--resume"])[:2])
+    assert alike(tmp_path, at / "run")
+
+
+def test_a_killed_run_can_always_be_resumed(trained, tmp_path):
+    """KILLS=100 python -m pytest -k killed    for the hundred; two are enough for every day."""
+    at, _ = trained
+    flags, rng = ["--data", at / "photos", "--out", tmp_path / "run", *TINY], np.random.default_rng(0)
+    for kill in range(int(os.environ.get("KILLS", 2))):
+        began = (tmp_path / "run/last.pt").exists()
+        command = [sys.executable, HERE / "train.py", *map(str, flags), *(["--resume"] if began else [])]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            while not (tmp_path / "run/last.pt").exists() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 6 if began else 2))
+            process.kill()
+        for name in "last.pt", "best.pt":
+            assert name == "best.pt" and not (tmp_path / "run/best.pt").exists() or train.load(tmp_path / "run" / name)
+    assert run("train.py", *flags, "--resume").returncode == 0
+    assert alike(tmp_path / "run", at / "run")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(trained, tmp_path, monkeypatch):
+    at, _ = trained
+    steps, loss = itertools.count(), train.recurrent_loss
+    monkeypatch.setattr(train, "recurrent_loss", lambda *a: loss(*a) * (torch.nan if next(steps) == 52 else 1))
+    with pytest.raises(ValueError, match="loss is nan in epoch 2, step 3, since pass 3, at learning rate .*smaller --lr"):
+        train.train(train.parse(["--data", str(at / "photos"), "--out", str(tmp_path), *TINY])[0])
+    content, _ = train.load(tmp_path / "last.pt")
+    assert len(content["log"]) == 1 and all(v.isfinite().all() for v in content["raw"].values())
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.save(path, {"a": torch.ones(3)})
+
+    def full(content, part):
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match="last.pt: could not be written .*No space left.*intact"):
+        train.save(path, {"a": torch.zeros(3)})
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3)) and not path.with_suffix(".part").exists()
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    torch.save({"net": Bomb(), "config": {}, "classes": 2}, tmp_path / "bomb.pt")
+    for load in train.load, lambda path: baselines.build("dru-vgg16", 2, weights=path):
+        with pytest.raises(ValueError, match="bomb.pt: is not a"):
+            load(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize("model", ["unet-b", "sru", "rec-middle"])

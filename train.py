@@ -10,6 +10,7 @@ Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png and 
 import argparse
 import csv
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -183,8 +184,12 @@ def print_table(matrices, curves, title, names):
 def save(path, content):
     """Written under a temporary name and renamed: whoever kills the run leaves the old checkpoint or the new, never half."""
     part = path.with_suffix(".part")
-    torch.save(content, part)
-    os.replace(part, path)
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's own writer says RuntimeError where the disk is full
+        part.unlink(missing_ok=True)
+        raise ValueError(f"{path}: could not be written ({error}); what was there before is intact") from None
 
 
 def load(path):
@@ -229,53 +234,95 @@ def train(c, resume=False):
     # on small sets the weights of single steps swing by ten points of validation IoU, their running mean does not
     mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     parts = {"raw": net, "mean": mean, "optimiser": optimiser, "schedule": schedule}
-    log, best = [], 0.0
+    log, best, done, total = [], 0.0, 0, 0.0  # done: steps of the epoch under way; total: their losses
     if state:
+        if state["classes"] != photos.classes:
+            raise ValueError(f"{out / 'last.pt'}: knows {state['classes']} classes, {c.data} has {photos.classes}; start a new run")
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        log, best = state["log"], state["best"]
+        log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
+
+    def checkpoint():
+        return {"net": mean.module.state_dict(), "config": asdict(c), "classes": photos.classes, "log": log}
+
+    def save_last():
+        more = {name: part.state_dict() for name, part in parts.items()}
+        save(out / "last.pt", checkpoint() | more | {"best": best, "done": done, "total": total})
+
     out.mkdir(parents=True, exist_ok=True)
+    save_last()  # a second run into this folder now meets a first
     size = sum(p.numel() for p in net.parameters())
     print(
         f"{c.model}, {size:,} parameters, on {device}; {c.data} ({photos.layout}): {len(photos.pairs)} photos to train, "
         f"{len(held_out)} to validate, {photos.classes} classes; short side {c.size}, crops {photos.crop}; to {out}/"
     )
 
-    for epoch in range(len(log) + 1, c.epochs + 1):
-        net.train()
-        photos.epoch, began, total = epoch, time.time(), 0.0
-        order = torch.Generator().manual_seed(c.seed * 100_003 + epoch)
-        batches = torch.utils.data.DataLoader(
-            photos, c.batch, shuffle=True, generator=order, drop_last=len(photos) >= c.batch,
-            num_workers=workers, pin_memory=device.type == "cuda",
-        )  # fmt: skip
-        for image, truth in tqdm(batches, desc=f"epoch {epoch}/{c.epochs}", leave=False, disable=None):
-            with autocast(device):
-                masks = net(image.to(device, non_blocking=True), c.passes)
-            loss = recurrent_loss([s.float() for s in masks], truth.to(device, non_blocking=True), c.alpha)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            mean.update_parameters(net)
-            total += loss.item()
-        speed = steps * c.batch / (time.time() - began)
-        rows = [scores(matrix) for matrix in evaluate(mean.module, held_out, c, device)[0]]
-        seconds, score = time.time() - began, rows[-1]["mIoU"]
-        row = {"epoch": epoch, "loss": total / steps, "lr": schedule.get_last_lr()[0], "seconds": seconds}
-        log.append(row | {f"{name}_{t}": value for t, scored in enumerate(rows, 1) for name, value in scored.items()})
-        content = {"net": mean.module.state_dict(), "config": asdict(c), "classes": photos.classes, "epoch": epoch, "mIoU": score}
-        if score >= best:
-            best = score
-            save(out / "best.pt", content)
-        more = {name: part.state_dict() for name, part in parts.items()} | {"log": log, "best": best}
-        save(out / "last.pt", content | more)
-        write_log(log, out)
-        print(
-            f"epoch {epoch:3}/{c.epochs}  loss {total / steps:.4f}  val mIoU {score:.4f}  best {best:.4f}  "
-            f"{speed:5.1f} photos/s  {(c.epochs - epoch) * seconds / 60:.0f} min left",
-            flush=True,
-        )
+    with Interrupts() as interrupts:
+        for epoch in range(len(log) + 1, c.epochs + 1):
+            net.train()
+            photos.epoch, began, first = epoch, time.time(), done
+            order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(c.seed * 100_003 + epoch)).tolist()
+            batches = [order[i * c.batch : (i + 1) * c.batch] for i in range(done, steps)]
+            loader = torch.utils.data.DataLoader(
+                photos, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda"
+            )
+            for image, truth in tqdm(loader, desc=f"epoch {epoch}/{c.epochs}", leave=False, disable=None):
+                with autocast(device):
+                    masks = net(image.to(device, non_blocking=True), c.passes)
+                loss = recurrent_loss([s.float() for s in masks], truth.to(device, non_blocking=True), c.alpha)
+                if not loss.isfinite():
+                    bad = next((t for t, s in enumerate(masks, 1) if not s.isfinite().all()), len(masks))
+                    raise ValueError(
+                        f"the loss is {loss.item()} in epoch {epoch}, step {done + 1}, since pass {bad}, at learning rate "
+                        f"{schedule.get_last_lr()[0]:.2g}; {out}/ keeps the state before this epoch. Try a smaller --lr"
+                    )
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                mean.update_parameters(net)
+                total, done = total + loss.item(), done + 1
+                if interrupts.seen:
+                    save_last()
+                    interrupts.leave(f"epoch {epoch}, step {done}", c, out)
+            speed = (steps - first) * c.batch / (time.time() - began)
+            rows = [scores(matrix) for matrix in evaluate(mean.module, held_out, c, device)[0]]
+            seconds, score = time.time() - began, rows[-1]["mIoU"]
+            row = {"epoch": epoch, "loss": total / steps, "lr": schedule.get_last_lr()[0], "seconds": seconds}
+            log.append(row | {f"{name}_{t}": value for t, scored in enumerate(rows, 1) for name, value in scored.items()})
+            done, total = 0, 0.0
+            if score >= best:
+                best = score
+                save(out / "best.pt", checkpoint())
+            save_last()
+            write_log(log, out)
+            print(
+                f"epoch {epoch:3}/{c.epochs}  loss {row['loss']:.4f}  val mIoU {score:.4f}  best {best:.4f}  "
+                f"{speed:5.1f} photos/s  {(c.epochs - epoch) * seconds / 60:.0f} min left",
+                flush=True,
+            )
+            if interrupts.seen:
+                interrupts.leave(f"epoch {epoch}", c, out)
+
+
+class Interrupts:
+    """While training, Ctrl-C and `kill` wait for the end of the step."""
+
+    def __enter__(self):
+        self.seen = 0
+        self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def notice(self, number, frame):
+        self.seen = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def leave(self, where, c, out):
+        print(f"stopped after {where}, all is saved; python train.py --data {c.data} --out {out} --resume goes on", file=sys.stderr)
+        sys.exit(128 + self.seen)
 
 
 # ---------------------------------------------------------------- what the run leaves to look at
