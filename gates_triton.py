@@ -14,8 +14,8 @@ h_t = z * h + (1 - z) * c, as six kernels, each of which sends its result throug
 One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4. So the best that we can hope for is 3.75
 times faster. PASSES has every such count; `python gates_triton.py` measures, on a GPU, how much of it comes true.
 
-The backward pass reads the inputs and computes z and c once more. To save them would cost passes to write and to read
-them and memory in between; to recompute them costs operations, which are free.
+The backward pass reads the inputs and computes z and c once more. To save them instead would cost two more writes on the
+way forward, 6 passes in place of 4; to recompute them costs operations, which are free.
 
 CPU tensors take the plain expression, and so does every tensor where triton is not installed, and all that is traced:
 torch.compile fuses the plain gate itself, and with its neighbours too, which a ready-made kernel would forbid; a model
