@@ -14,11 +14,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image
 
 from data import MEAN, STD, open_dataset
 from gates_triton import PASSES
-from train import Config, evaluate, load_net, scores, to_size
+from scoring import evaluate, scores, to_size
+from train import load_net
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

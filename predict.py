@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from data import normalise, read_photo
 from layouts import ENDINGS
-from train import autocast, load_net, segment, to_photo, to_size
+from scoring import autocast, segment, to_photo, to_size
+from train import load_net
 
 COLOURS = np.uint8([(0, 0, 0), (0, 200, 160), (255, 120, 60), (90, 120, 255), (255, 210, 60), (220, 80, 200), (120, 210, 60)])
 

@@ -35,6 +35,7 @@ import figures
 import gates_triton
 import layouts
 import predict
+import scoring
 import train
 from data import open_dataset, read_photo, survey
 from gates_triton import PASSES, fuse, fused_reset, fused_update
@@ -1281,7 +1282,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         baselines.build("unet-g", 2, level=3)
 
 
-# ---------------------------------------------------------------- train.py: loss and scores
+# ---------------------------------------------------------------- the loss, scoring.py
 
 
 @law
@@ -1301,14 +1302,14 @@ def test_loss_equals_its_equation(passes, alpha, seed):
 
 def test_scores_by_hand():
     # truth 0: 6 right, 2 called 1; truth 1: 1 called 0, 3 right
-    row = train.scores(torch.tensor([[6, 2], [1, 3]]))
+    row = scoring.scores(torch.tensor([[6, 2], [1, 3]]))
     assert row["IoU"] == pytest.approx(3 / 6) and row["F1"] == pytest.approx(6 / 9)
     assert row["mIoU"] == pytest.approx((6 / 9 + 3 / 6) / 2)
     assert row["mPrec"] == pytest.approx((6 / 7 + 3 / 5) / 2) and row["mRec"] == pytest.approx((6 / 8 + 3 / 4) / 2)
     assert row["mF1"] == pytest.approx((12 / 15 + 6 / 9) / 2)
-    lost = train.scores(torch.tensor([[4, 0, 0], [0, 4, 0], [0, 0, 0]]))  # class 2 occurs nowhere
+    lost = scoring.scores(torch.tensor([[4, 0, 0], [0, 4, 0], [0, 0, 0]]))  # class 2 occurs nowhere
     assert lost["mIoU"] == 1 and "IoU" not in lost
-    missed = train.scores(torch.tensor([[4, 0], [2, 0]]))  # class 1 is never called
+    missed = scoring.scores(torch.tensor([[4, 0], [2, 0]]))  # class 1 is never called
     assert missed["IoU"] == 0 and missed["mIoU"] == missed["mPrec"] == pytest.approx(4 / 6 / 2)
 
 
@@ -1317,19 +1318,19 @@ def test_break_even_is_where_precision_meets_recall():
     curve = torch.zeros(2, 11, dtype=torch.long)
     curve[1, [9, 8, 4, 1]] = 1
     curve[0, [7, 3, 2]] = 1
-    assert train.break_even(curve) == pytest.approx(3 / 4)
+    assert scoring.break_even(curve) == pytest.approx(3 / 4)
     rng = np.random.default_rng(0)
     truth = rng.random(20000) < 0.1
     p = np.clip(truth * 0.3 + rng.random(20000) * 0.7, 0, 1).round(3)
     curve = torch.tensor([[((p * 1000).round() == b)[truth == k].sum() for b in range(1001)] for k in (0, 1)])
     points = [((truth & (p >= t)).sum() / max(1, (p >= t).sum()), (truth & (p >= t)).sum() / truth.sum()) for t in np.unique(p)]
     precision, recall = min(points, key=lambda point: abs(point[0] - point[1]))
-    assert train.break_even(curve) == pytest.approx((precision + recall) / 2, abs=2e-3)
+    assert scoring.break_even(curve) == pytest.approx((precision + recall) / 2, abs=2e-3)
 
 
 def test_classes_are_named_in_the_table(capsys):
     matrix = torch.tensor([[[4, 0, 1], [0, 3, 0], [1, 1, 2]]])
-    train.print_table(matrix, torch.zeros(1, 2, 1001), "title", ("sky", "road", "car"))
+    scoring.print_table(matrix, torch.zeros(1, 2, 1001), "title", ("sky", "road", "car"))
     assert "sky 0.6667, road 0.7500, car 0.4000" in capsys.readouterr().out
 
 
@@ -1339,15 +1340,15 @@ def test_scores_equal_their_definition_by_sets(classes, seed):
     rng = np.random.default_rng(seed)
     truth, called = rng.integers(0, classes, (2, 11, 13))
     truth[rng.random(truth.shape) < 0.2] = 255
-    matrix = train.confusion(torch.tensor(called), torch.tensor(truth), classes)
+    matrix = scoring.confusion(torch.tensor(called), torch.tensor(truth), classes)
     ious, f1s = [], []
     for k in range(classes):
         true = {at for at in np.ndindex(truth.shape) if truth[at] == k}
         found = {at for at in np.ndindex(truth.shape) if called[at] == k and truth[at] != 255}
         ious.append(len(true & found) / len(true | found))
         f1s.append(2 * len(true & found) / (len(true) + len(found)))
-    assert train.scores(matrix)["mIoU"] == pytest.approx(np.mean(ious))
-    assert train.scores(matrix)["mF1"] == pytest.approx(np.mean(f1s))
+    assert scoring.scores(matrix)["mIoU"] == pytest.approx(np.mean(ious))
+    assert scoring.scores(matrix)["mF1"] == pytest.approx(np.mean(f1s))
 
 
 # ---------------------------------------------------------------- train.py and predict.py: runs
@@ -1395,12 +1396,12 @@ def test_two_views_are_the_mean_of_photo_and_mirror(trained):
     at, _ = trained
     net, c, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
     image, c.views = data.normalise(read_photo(at / "photos/images/p1.png")), 2
-    once, mirrored = train.segment(net, image, c), train.segment(net, image.flip(-1), c)
+    once, mirrored = scoring.segment(net, image, c), scoring.segment(net, image.flip(-1), c)
     assert all(torch.equal(a.argmax(0), b.argmax(0).flip(-1)) for a, b in zip(once, mirrored))  # no left or right is preferred
     with torch.no_grad():
-        small = train.to_size(image, c.size)
+        small = scoring.to_size(image, c.size)
         both = [sum(x) for x in zip(*([s.softmax(1) for s in net(small)], [s.softmax(1).flip(-1) for s in net(small.flip(-1))]))]
-    assert all(torch.equal(a, train.to_photo(b.log(), image.shape[1:])) for a, b in zip(once, both))
+    assert all(torch.equal(a, scoring.to_photo(b.log(), image.shape[1:])) for a, b in zip(once, both))
 
 
 def test_resume_ends_in_the_same_weights_bit_for_bit(trained, tmp_path, monkeypatch):
@@ -1517,7 +1518,7 @@ def test_masks_have_the_size_of_their_photos(trained, tmp_path):
     assert turned.size == (33, 61) and set(np.unique(turned)) <= {0, 255}
     assert Image.open(tmp_path / "out/turned_overlay.jpg").size == (33, 61)
     net, config, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
-    want = train.segment(net, data.normalise(read_photo(at / "photos/images/p0.png")), config)[-1].argmax(0)
+    want = scoring.segment(net, data.normalise(read_photo(at / "photos/images/p0.png")), config)[-1].argmax(0)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/p0.png")), want * 255)
 
 
@@ -1529,10 +1530,10 @@ def test_frames_carry_the_state(trained, tmp_path):
     state = None
     for i in range(8):
         image = data.normalise(read_photo(at / f"photos/images/p{i}.png"))
-        frame = train.to_size(image, config.size)
+        frame = scoring.to_size(image, config.size)
         with torch.no_grad():
             s, state = net.step(frame, state or net.start(frame))
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"p{i}.png")), train.to_photo(s, image.shape[1:]).argmax(0) * 255)
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"p{i}.png")), scoring.to_photo(s, image.shape[1:]).argmax(0) * 255)
 
 
 def test_mistakes_get_one_sentence(trained, tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import open_dataset
 from rurnet import PlainUNet
-from train import Config, evaluate, recurrent_loss, scores
+from scoring import evaluate, scores
+from train import Config, recurrent_loss
 
 NORMS = {
     "8 groups": lambda c: nn.GroupNorm(8, c),
