@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noqa: E402
 
-plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110}
+plt.rcParams |= {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110}
 BLUE, GREEN, RED, GREY = "#3b6ea8", "#2a9d6f", "#c8553d", "#6b7280"
 RUN = Path("runs/hands")
 
@@ -129,9 +129,9 @@ def photograph(image):
     return ((image.numpy().transpose(1, 2, 0) * STD + MEAN) * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def show(ax, picture, title=None, **how):
+def show(ax, picture, title="", **how):
     ax.imshow(np.asarray(picture), **how)
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title)
     ax.axis("off")
 
 
@@ -167,10 +167,12 @@ def passes():
     figure, axes = plt.subplots(3, 5, figsize=(9.5, 4.6), layout="constrained")
     for line, (image, truth) in zip(axes, wobbliest(net, config, photos, 3)):
         seen = look(net, to_size(image, config.size)[0], 3)
-        show(line[0], photograph(image), "photo" if line is axes[0] else None)
-        show(line[1], truth, "truth" if line is axes[0] else None, cmap="gray")
-        for t, (ax, at) in enumerate(zip(line[2:], seen), 1):
-            show(ax, at["p"], f"pass {t}" if line is axes[0] else None, cmap="magma", vmin=0, vmax=1)
+        show(line[0], photograph(image))
+        show(line[1], truth, cmap="gray")
+        for ax, at in zip(line[2:], seen):
+            show(ax, at["p"], cmap="magma", vmin=0, vmax=1)
+    for ax, title in zip(axes[0], ("photo", "truth", "pass 1", "pass 2", "pass 3")):
+        ax.set_title(title)
     keep(figure, "passes")
 
 
@@ -179,12 +181,11 @@ def gates():
     image, _ = wobbliest(net, config, photos, 1)[0]
     seen = look(net, to_size(image, config.size)[0], 3)
     figure, axes = plt.subplots(3, 5, figsize=(9.5, 4.8), layout="constrained")
-    channel = seen[-1]["h"].std((1, 2), correction=0).argmax()
+    busiest = {name: seen[-1][name].std((1, 2), correction=0).argmax() for name in "zrh"}  # the channel that varies most over the photo
     for t, (line, at) in enumerate(zip(axes, seen), 1):
         show(line[0], photograph(image), f"pass {t}: photo")
-        show(line[1], at["z"].mean(0), "z, mean of channels", cmap="viridis", vmin=0, vmax=1)
-        show(line[2], at["r"].mean(0), "r, mean of channels", cmap="viridis", vmin=0, vmax=1)
-        show(line[3], at["h"][channel], f"h, channel {channel}", cmap="coolwarm", vmin=-1, vmax=1)
+        for ax, name, cmap, low in zip(line[1:], "zrh", ("viridis", "viridis", "coolwarm"), (0, 0, -1)):
+            show(ax, at[name][busiest[name]], f"{name}, channel {busiest[name]}", cmap=cmap, vmin=low, vmax=1)
         show(line[4], at["p"], "probability of hand", cmap="magma", vmin=0, vmax=1)
     keep(figure, "gates")
 
