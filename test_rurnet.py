@@ -1650,14 +1650,21 @@ def test_equations_that_the_code_cites_exist():
             assert set(re.findall(r"\d+", cited)) <= set(tags), (file, cited)
 
 
+def headings(text):
+    """The anchors that GitHub makes of a page's headings."""
+    return [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)]
+
+
 def test_pages_show_every_picture_and_link_to_what_exists():
     pictures = {name for text in PAGES.values() for alt, name in re.findall(r"!\[([^\]]*)\]\((.+?)\)", text) if len(alt) > 30}
     assert pictures == {f"figures/{path.name}" for path in (HERE / "figures").iterdir()}
     assert {path.stem for path in (HERE / "figures").iterdir()} == set(figures.FIGURES)
     for text in PAGES.values():
-        heads = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)]
+        heads = headings(text)
         for link in re.findall(r"\]\(([^)]+)\)", text):
-            assert link[1:] in heads if link.startswith("#") else link.startswith("https:") or (HERE / link).exists(), link
+            file, _, anchor = link.partition("#")
+            assert file.startswith("https:") or (HERE / file).exists(), link
+            assert not anchor or anchor in (heads if not file else headings(PAGES[file])), link
 
 
 def test_drawings_come_out_as_committed(tmp_path, monkeypatch):
