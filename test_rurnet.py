@@ -1300,6 +1300,13 @@ def test_loss_equals_its_equation(passes, alpha, seed):
     torch.testing.assert_close(train.recurrent_loss(list(masks), truth, alpha), want)
 
 
+def test_a_batch_that_is_void_all_over_teaches_nothing():
+    s = torch.randn(1, 2, 4, 4, requires_grad=True)
+    loss = train.recurrent_loss([s, s], torch.full((1, 4, 4), 255), 0.4)
+    loss.backward()
+    assert loss == 0 and not s.grad.any()
+
+
 def test_scores_by_hand():
     # truth 0: 6 right, 2 called 1; truth 1: 1 called 0, 3 right
     row = scoring.scores(torch.tensor([[6, 2], [1, 3]]))

@@ -85,8 +85,10 @@ def on(device, net):
 
 
 def recurrent_loss(masks, truth, alpha):
-    """sum_t alpha^(N-t) CE(s_t, truth): every pass is taught, the last one most."""
-    return sum(alpha ** (len(masks) - t) * F.cross_entropy(s, truth, ignore_index=VOID) for t, s in enumerate(masks, 1))
+    """sum_t alpha^(N-t) CE(s_t, truth), eq. (7): every pass is taught, the last one most. Void pixels do not count."""
+    seen = (truth != VOID).sum().clamp(min=1)  # crops may be void all over: then the loss is 0, not 0/0
+    losses = [F.cross_entropy(s, truth, ignore_index=VOID, reduction="sum") / seen for s in masks]
+    return sum(alpha ** (len(masks) - t) * loss for t, loss in enumerate(losses, 1))
 
 
 # ---------------------------------------------------------------- checkpoints
