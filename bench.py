@@ -54,7 +54,9 @@ def high_water():
     """The most memory that this process has had, in MB."""
     if Path("/proc/self/status").exists():  # Linux; getrusage there would count the parent's peak as well
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

@@ -1,7 +1,7 @@
 """Folders of photos and masks, as people keep them and as datasets are published. data.py recognises them by looking.
 
 Each function below takes a folder and answers None where the folder is not of its kind, else which photo belongs to which
-mask in which split, by the dataset's own split as far as it has one. No two splits share a person or a video.
+mask in which split, by the dataset's own split as far as it has one.
 A dataset with an encoding of its own brings a function `read()` for each mask: class ids (H, W), 255 for void.
 """
 
@@ -48,9 +48,14 @@ def above_half(path):
     return (np.asarray(open_picture(path).convert("L")) > 127).astype(np.uint8)
 
 
+def has(folder, *names):
+    """Whether the folder holds all of these, by their exact names: to a Mac's disk Images/ is images/ as well."""
+    return set(names) <= {path.name for path in folder.iterdir()}
+
+
 def by_stem(folder, problems):
     found = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
             if path.stem in found:
                 problems.append(f"{path}: has the name of {found[path.stem].name}; two files may not share a name")
@@ -84,7 +89,7 @@ def pair_up(found, split, folder, names=None):
 
 def lists(root):
     """images/ and masks/ with train.txt, val.txt, test.txt"""
-    if not (root / "images").is_dir() or not (root / "masks").is_dir() or not any((root / f"{s}.txt").exists() for s in SPLITS):
+    if not has(root, "images", "masks") or not any((root / f"{s}.txt").exists() for s in SPLITS):
         return None
     found, seen = Found("train.txt, val.txt, test.txt"), {}
     for split in SPLITS:
@@ -110,7 +115,7 @@ def folders(root):
 
 def seeded(root):
     """images/ and masks/ alone: split 70/15/15 by a fixed seed"""
-    if not (root / "images").is_dir() or not (root / "masks").is_dir() or [*root.glob("train.txt"), *root.glob("*/train.txt")]:
+    if not has(root, "images", "masks") or any([*root.glob(f"{s}.txt"), *root.glob(f"*/{s}.txt")] for s in SPLITS):
         return None
     found = Found("seeded split 70/15/15, seed 0")
     pair_up(found, "train", root)
@@ -193,7 +198,7 @@ def eyth(root):
 
 def gtea(root):
     """GTEA: Images/s2_cheese_0000000020.jpg and Masks/"""
-    if not (root / "Images").is_dir() or not (root / "Masks").is_dir() or not any((root / "Images").glob("s[1-4]_*.jpg")):
+    if not has(root, "Images", "Masks") or not any((root / "Images").glob("s[1-4]_*.jpg")):
         return None
     found = Found("GTEA, subject s2 tests, s4 validates, s1 and s3 train", ("background", "hand"))
     masks = by_stem(root / "Masks", found.problems)

@@ -1474,7 +1474,7 @@ def test_a_loss_that_is_no_number_stops_the_run(trained, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="loss is nan in epoch 2, step 3, since pass 3, at learning rate .*smaller --lr"):
         train.train(train.parse(["--data", str(at / "photos"), "--out", str(tmp_path), *TINY])[0])
     content, _ = train.load(tmp_path / "last.pt")
-    assert len(content["log"]) == 1 and all(v.isfinite().all() for v in content["raw"].values())
+    assert len(content["log"]) == 1 and content["photos"] == 402 and all(v.isfinite().all() for v in content["raw"].values())
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -1668,6 +1668,7 @@ def test_pages_show_every_picture_and_link_to_what_exists():
     assert {path.stem for path in (HERE / "figures").iterdir()} == set(figures.FIGURES)
     for text in PAGES.values():
         heads = headings(text)
+        assert all((HERE / name).exists() for name in re.findall(r"`(results/\w+\.\w+)`", text))
         for link in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)):
             file, _, anchor = link.partition("#")
             assert file.startswith("https:") or (HERE / file).exists(), link

@@ -153,6 +153,8 @@ def train(c, resume=False):
             raise ValueError(f"{out / 'last.pt'}: knows {state['classes']} classes, {c.data} has {photos.classes}; start a new run")
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        if state["photos"] != len(photos):
+            raise ValueError(f"{c.data}: its photos have changed since {out / 'last.pt'} was written; start a new run")
         log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
 
     def checkpoint():
@@ -160,7 +162,7 @@ def train(c, resume=False):
 
     def save_last():
         more = {name: part.state_dict() for name, part in parts.items()}
-        save(out / "last.pt", checkpoint() | more | {"best": best, "done": done, "total": total})
+        save(out / "last.pt", checkpoint() | more | {"best": best, "done": done, "total": total, "photos": len(photos)})
 
     out.mkdir(parents=True, exist_ok=True)
     save_last()  # a second run into this folder now meets a first
@@ -228,6 +230,7 @@ class Interrupts:
 
     def notice(self, number, frame):
         self.seen = number
+        signal.signal(number, self.before[number])  # a second Ctrl-C does not wait
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -307,7 +310,7 @@ def main():
         if not checkpoint:
             train(c, resume)
         test(c, checkpoint or Path(c.out) / "best.pt")
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         sys.exit(f"train.py: {error}")
 
 
