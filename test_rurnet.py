@@ -911,6 +911,10 @@ def test_drive_layout(tmp_path):
     assert [len(s) for s in splits] == [4, 4, 3] and names(splits[1])[0] == "25_training"
     _, mask = splits[2][0]
     assert (mask[:, :10] == 255).all() and mask[10, 12] == 1 and mask[0, 39] == 0
+    shutil.rmtree(tmp_path / "test/1st_manual")  # as in copies of the data set that come without them
+    survey.cache_clear()
+    with pytest.raises(ValueError, match="01_test.tif: has no vessels in 1st_manual/"):
+        open_dataset(tmp_path, "train")
 
 
 def test_masks_in_every_honest_encoding(tmp_path):
