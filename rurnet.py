@@ -9,7 +9,7 @@ copying this file into another project is enough:
 
 A pass t takes the image x, the last segmentation s and the hidden state h, which lives below the l-th pooling:
 
-    e_t = encoder([x, softmax(s_{t-1})])                     what enters the unit                       (1)
+    e_t = encoder([x, softmax(s_{t-1})])                     what enters the unit; at t = 1 no mask: 0  (1)
     z   = sigmoid(f_z(e_t))                                  update gate: how much of h survives        (2)
     r   = sigmoid(f_r(e_t))                                  reset gate: how much of e is seen          (3)
     c   = tanh(f_c(r * e_t))                                 candidate; SRU: tanh(f_c(e_t)), no r       (4)

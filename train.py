@@ -151,10 +151,10 @@ def train(c, resume=False):
     if state:
         if state["classes"] != photos.classes:
             raise ValueError(f"{out / 'last.pt'}: knows {state['classes']} classes, {c.data} has {photos.classes}; start a new run")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
         if state["photos"] != len(photos):
             raise ValueError(f"{c.data}: its photos have changed since {out / 'last.pt'} was written; start a new run")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
 
     def checkpoint():
@@ -189,7 +189,7 @@ def train(c, resume=False):
                     bad = next((t for t, s in enumerate(masks, 1) if not s.isfinite().all()), len(masks))
                     raise ValueError(
                         f"the loss is {loss.item()} in epoch {epoch}, step {done + 1}, since pass {bad}, at learning rate "
-                        f"{schedule.get_last_lr()[0]:.2g}; {out}/ keeps the state before this epoch. Try a smaller --lr"
+                        f"{schedule.get_last_lr()[0]:.2g}; {out}/ keeps an earlier state. Try a smaller --lr"
                     )
                 optimiser.zero_grad()
                 loss.backward()
