@@ -390,13 +390,18 @@ def options(name):
     return inspect.signature(SYSTEMS[name]).parameters.keys() - {"encoder", "classes", "unit"}
 
 
+def encoder_of(net):
+    """The VGG-16 or ResNet of a system; None where it has none."""
+    return next((m for m in net.modules() if isinstance(m, (VGG16, ResNet))), None)
+
+
 def build(name, classes, weights=None, **chosen):
     """The system of that name: model(image, passes) is a list of logits. ValueError for a name, option or file that is none."""
     if foreign := chosen.keys() - options(name):
         raise ValueError(f"{name} takes no {min(foreign)}; it takes {', '.join(sorted(options(name)))}")
     net = SYSTEMS[name](classes=classes, **chosen)
     if weights:
-        encoder = next((m for m in net.modules() if isinstance(m, (VGG16, ResNet))), None)
+        encoder = encoder_of(net)
         if encoder is None:
             raise ValueError(f"{name} has no pretrained encoder, so {weights} has no place in it")
         load_encoder(encoder, weights)

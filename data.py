@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from layouts import LAYOUTS, SPLITS, VOID, Found, find_pairs, open_picture
+from layouts import LAYOUTS, SPLITS, VOID, Found, find_pairs, open_picture, unreadable
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # ImageNet's, by custom
 
@@ -48,6 +48,7 @@ def check_mode(path, photo):
 def read_labels(path):
     """The numbers stored in a mask, (H, W). Of a palette only the indices count, its colours are for looking at."""
     mask = open_picture(path)
+    check_mode(path, mask)
     if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
         return np.asarray(mask).astype(np.int32)
     bands = np.asarray(mask.convert("RGBA")).astype(np.int32)
@@ -87,13 +88,15 @@ def look(pair):
         if labels.shape[::-1] != size:
             h, w = labels.shape
             return size, None, f"{mask}: is {w}x{h}, its photo is {size[0]}x{size[1]}; they must match pixel by pixel"
+        if min(size) < 16:
+            return size, None, f"{photo}: is {size[0]}x{size[1]}; wanted at least 16x16"
         if labels.min() < 0 or labels.max() > 255:
             return size, None, f"{mask}: holds values from {labels.min()} to {labels.max()}; wanted 0 to 255"
         return size, np.bincount(labels.ravel(), minlength=256), None
     except ValueError as error:
         return None, None, str(error)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        return None, None, f"{photo}: cannot be read as a picture ({error}); save it anew as JPEG or PNG"
+    except Exception as error:  # of a broken photo, as in open_picture
+        return None, None, unreadable(photo, error)
 
 
 @lru_cache(maxsize=8)  # the three splits of a folder are opened one after the other
@@ -151,7 +154,7 @@ class Photos(torch.utils.data.Dataset):
         sides = sorted(min(found.sizes[photo]) for _, photo, _, _ in self.pairs)
         self.typical = sides[len(sides) // 2]  # short side of the median photo
         self.crop = crop or size or self.typical
-        self.repeat, self.epoch = 1, 0
+        self.repeat = 1
         self.cache = {} if size and 6 * size * size * len(self.pairs) < 1e9 else None  # decode once what fits in a gigabyte
 
     def __len__(self):
@@ -171,6 +174,8 @@ class Photos(torch.utils.data.Dataset):
         return image, labels
 
     def __getitem__(self, k):
+        """The k-th pair; while training (epoch, k), as every epoch augments anew."""
+        epoch, k = k if isinstance(k, tuple) else (0, k)
         if not 0 <= k < len(self):
             raise IndexError(k)  # which is also what ends `for image, mask in dataset`
         i = k % len(self.pairs)
@@ -179,7 +184,7 @@ class Photos(torch.utils.data.Dataset):
             if self.cache is not None:
                 self.cache[i] = image, mask
             # seeded by what is asked for, not by what came before: neither workers nor resuming change a crop
-            rng = np.random.default_rng([self.seed, self.epoch, k])
+            rng = np.random.default_rng([self.seed, epoch, k])
             image, mask = augment(image, mask, self.crop, self.rotate, rng)
         else:
             image, mask = self.read(i)
@@ -256,7 +261,7 @@ def main():
 
         draw_set(args.folder)
         print(f"drew 240 photos and masks into {args.folder}/; now: python train.py --data {args.folder}/")
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that may not be read or written
         sys.exit(f"data.py: {error}")
 
 

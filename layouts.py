@@ -39,8 +39,12 @@ def open_picture(path):
     """The picture, upright: cameras store it as it fell and note in EXIF how to turn it."""
     try:
         return ImageOps.exif_transpose(Image.open(path))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error}); save it anew as JPEG or PNG") from None
+    except Exception as error:  # Pillow answers broken files with a dozen kinds of exception
+        raise ValueError(unreadable(path, error)) from None
+
+
+def unreadable(path, error):
+    return f"{path}: cannot be read as a picture ({error or type(error).__name__}); save it anew as JPEG or PNG"
 
 
 def above_half(path):
@@ -68,7 +72,11 @@ def read_list(path, problems):
     if not path.exists():
         problems.append(f"{path}: missing; the lists for {', '.join(SPLITS)} come together")
         return []
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]  # -sig: Windows marks its UTF-8
+    except UnicodeDecodeError:
+        problems.append(f"{path}: is no UTF-8 text; save it as plain text, a name a line")
+        return []
     return [line[: -len(Path(line).suffix)] if Path(line).suffix.lower() in ENDINGS else line for line in lines]
 
 

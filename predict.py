@@ -45,7 +45,7 @@ def find_inputs(paths):
             raise ValueError(f"{path}: no such file or folder")
         found = [path]
         if path.is_dir():
-            found = [p for p in path.iterdir() if p.suffix.lower() in ENDINGS and not p.name.startswith(".")]
+            found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in ENDINGS and not p.name.startswith(".")]
         if not found:
             raise ValueError(f"{path}: holds no pictures ({', '.join(sorted(ENDINGS))})")
         for file in found:
@@ -74,13 +74,15 @@ def main():
         if clash:
             raise ValueError(f"{min(clash)}: is an input and would be overwritten; name another folder with --out")
         args.out.mkdir(parents=True, exist_ok=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a folder that may not be read or written
         sys.exit(f"predict.py: {error}")
 
     state, failed = None, 0
     for path, (mask_path, overlay_path) in zip(tqdm(inputs, disable=None), outputs):
         try:
             photo = read_photo(path)
+            if min(photo.size) < 16:
+                raise ValueError(f"{path}: is {photo.width}x{photo.height}; wanted at least 16x16")
         except ValueError as error:
             tqdm.write(f"predict.py: {error}", file=sys.stderr)
             failed += 1
@@ -95,8 +97,11 @@ def main():
             mask = to_photo(s, image.shape[1:]).argmax(0).numpy()
         else:
             mask = segment(net, image, config)[-1].argmax(0).numpy()
-        Image.fromarray((mask * (255 if classes == 2 else 1)).astype(np.uint8)).save(mask_path)
-        overlay(photo, mask).save(overlay_path, quality=92)
+        try:
+            Image.fromarray((mask * (255 if classes == 2 else 1)).astype(np.uint8)).save(mask_path)
+            overlay(photo, mask).save(overlay_path, quality=92)
+        except OSError as error:
+            sys.exit(f"predict.py: {mask_path}: could not be written ({error}); what was written before it is whole")
     print(f"{len(inputs) - failed} masks in {args.out}/" + (f", {failed} pictures could not be read" if failed else ""))
     sys.exit(failed > 0)
 

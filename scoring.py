@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from PIL import Image
+from torch import distributed
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -49,6 +50,11 @@ def segment(net, image, c):
 # ---------------------------------------------------------------- scores
 
 
+def place():
+    """(rank, world): which of how many processes this is."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
 def confusion(prediction, truth, classes):
     """(K, K): how many pixels of class row were called class column. Void pixels are left out."""
     seen = truth != VOID
@@ -84,13 +90,19 @@ def evaluate(net, dataset, c, device):
     """Over the whole split, for every pass: confusion matrices (N, K, K) and, of the foreground, curves (N, 2, 1001)."""
     net.eval()
     matrices, curves = 0, 0
-    for image, truth in tqdm(dataset, desc="evaluate", leave=False, disable=None):
+    rank, world = place()
+    for i in tqdm(range(rank, len(dataset), world), desc="evaluate", leave=False, disable=rank > 0 or None):
+        image, truth = dataset[i]
         passes = segment(net, image.to(device), c)
         matrices += torch.stack([confusion(p.argmax(0), truth, dataset.classes) for p in passes])
         seen = truth != VOID
         bins = [(truth[seen] == 1) * 1001 + (1000 * p[1][seen]).round().long() for p in passes]
         curves += torch.stack([torch.bincount(b, minlength=2002).view(2, 1001) for b in bins])
-    return matrices, curves
+    parts = [(matrices, curves)]
+    if world > 1:
+        parts *= world
+        distributed.all_gather_object(parts, (matrices, curves))
+    return tuple(map(sum, zip(*parts)))
 
 
 def print_table(matrices, curves, title, names):

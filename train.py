@@ -3,6 +3,7 @@
     python train.py --data hands/                                  train, then print the table on the test split
     python train.py --data hands/ --resume                         go on where runs/hands/last.pt stopped
     python train.py --data hands/ --evaluate runs/hands/best.pt    the table alone
+    torchrun --nproc_per_node=2 train.py --data hands/             several GPUs, machines, or processes on CPUs
 
 Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png and samples.png.
 """
@@ -13,12 +14,16 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import matplotlib
 import torch
+from torch import distributed
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -26,7 +31,7 @@ import baselines
 from data import open_dataset
 from gates_triton import fuse
 from layouts import VOID
-from scoring import autocast, draw_samples, evaluate, print_table, scores
+from scoring import autocast, draw_samples, evaluate, place, print_table, scores
 
 matplotlib.use("Agg")  # draw to files: a server has no screen
 import matplotlib.pyplot as plt  # noqa: E402
@@ -61,13 +66,18 @@ class Config:
 
 
 def checked(c):
-    """The Config, or a ValueError for a value that no run can have."""
-    for name, least in dict(level=0, width=1, hidden=1, passes=1, size=0, crop=0, epochs=1, batch=1, seed=0, workers=-1).items():
-        if getattr(c, name) < least:
-            raise ValueError(f"--{name} {getattr(c, name)}: wanted a whole number from {least}")
-    for name, low, high in ("alpha", 0, 1), ("lr", 0, 1):
-        if not low < getattr(c, name) <= high:
-            raise ValueError(f"--{name} {getattr(c, name)}: wanted a number above {low}, at most {high}")
+    """The Config, or a ValueError for a value that no run can have. The upper ends are far beyond what any machine can hold."""
+    least = dict(level=0, width=1, hidden=1, passes=1, size=0, crop=0, void=0, epochs=1, batch=1, seed=0, workers=-1)
+    most = dict(level=4, width=1024, hidden=1024, passes=1000, size=8192, crop=8192, void=255, batch=10_000, workers=256)
+    for name, low in least.items():
+        high = most.get(name, 10**9)
+        if not low <= getattr(c, name) <= high:
+            raise ValueError(f"--{name} {getattr(c, name)}: wanted a whole number from {low} to {high}")
+    for name in "alpha", "lr":
+        if not 0 < getattr(c, name) <= 1:
+            raise ValueError(f"--{name} {getattr(c, name)}: wanted a number above 0, at most 1")
+    if not 0 <= c.rotate <= 180:
+        raise ValueError(f"--rotate {c.rotate}: wanted degrees from 0 to 180")
     if 0 < c.size < 16 or 0 < c.crop < 16:
         raise ValueError("--size and --crop: wanted at least 16, as the network halves a photo four times")
     return c
@@ -84,11 +94,50 @@ def on(device, net):
     return fuse(net.to(device)) if device.type == "cuda" else net.to(device)
 
 
-def recurrent_loss(masks, truth, alpha):
-    """sum_t alpha^(N-t) CE(s_t, truth), eq. (7): every pass is taught, the last one most. Void pixels do not count."""
-    seen = (truth != VOID).sum().clamp(min=1)  # crops may be void all over: then the loss is 0, not 0/0
+def recurrent_loss(masks, truth, alpha, seen=None):
+    """sum_t alpha^(N-t) CE(s_t, truth), eq. (7): every pass is taught, the last one most. Void pixels do not count.
+
+    seen: by how many pixels to divide, where the batch is shared between processes; by default by those that truth shows."""
+    seen = (truth != VOID).sum() if seen is None else seen
+    seen = seen.clamp(min=1)  # crops may be void all over: then the loss is 0, not 0/0
     losses = [F.cross_entropy(s, truth, ignore_index=VOID, reduction="sum") / seen for s in masks]
     return sum(alpha ** (len(masks) - t) * loss for t, loss in enumerate(losses, 1))
+
+
+# ---------------------------------------------------------------- processes
+
+
+def join():
+    """The device of this process. Where torchrun started several, they find each other: gloo links CPUs, nccl GPUs."""
+    if not torch.cuda.is_available():
+        device, backend = torch.device("cpu"), "gloo"
+    else:
+        gpu = int(os.environ.get("LOCAL_RANK", 0))
+        if gpu >= torch.cuda.device_count():
+            raise ValueError(f"torchrun --nproc_per_node: wanted at most {torch.cuda.device_count()} here, a process for each GPU")
+        torch.cuda.set_device(gpu)
+        device, backend = torch.device("cuda", gpu), "nccl"
+    if "RANK" in os.environ and not distributed.is_initialized():  # torchrun sets it
+        distributed.init_process_group(backend)
+    return device
+
+
+def summed(tensor):
+    """Over all processes."""
+    if distributed.is_initialized():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def wait_for_all():
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def say(*words, **how):
+    """Print, once for all processes."""
+    if place()[0] == 0:
+        print(*words, **how, flush=True)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -96,6 +145,8 @@ def recurrent_loss(masks, truth, alpha):
 
 def save(path, content):
     """Written under a temporary name and renamed: whoever kills the run leaves the old checkpoint or the new, never half."""
+    if place()[0] > 0:
+        return  # all processes hold the same; the first writes
     part = path.with_suffix(".part")
     try:
         torch.save(content, part)
@@ -107,8 +158,11 @@ def save(path, content):
 
 def load(path):
     try:
+        with zipfile.ZipFile(path) as file:  # as torch.save writes
+            if damaged := file.testzip():  # torch.load does not look at the checksums
+                raise ValueError(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
-        return content, Config(**content["config"])
+        return content, checked(Config(**content["config"]))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; train.py writes best.pt and last.pt into --out") from None
     except Exception as error:  # torch.load answers a broken file with half a dozen kinds of exception
@@ -118,17 +172,39 @@ def load(path):
 def load_net(path, device):
     """The network of a checkpoint, with the Config it was trained by."""
     content, config = load(path)
-    net = build(replace(config, weights=""), content["classes"])  # its encoder is in the checkpoint
-    net.load_state_dict(content["net"])
+    try:
+        net = build(replace(config, weights=""), content["classes"])  # its encoder is in the checkpoint
+        net.load_state_dict(content["net"])
+    except Exception as error:  # whatever a foreign file can hold
+        raise misfit(path, config, error) from None
     return on(device, net).eval(), config, content["classes"]
+
+
+def misfit(path, config, error):
+    what = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+    return ValueError(f"{path}: does not hold the {config.model} that it names ({what}); it was made by another version, train anew")
 
 
 # ---------------------------------------------------------------- training
 
 
+def batches(n, c, epoch, done):
+    """What this process sees of every batch from here to the end of the run, as (epoch, photo)."""
+    rank, world = place()
+    for epoch in range(epoch, c.epochs + 1):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(c.seed * 100_003 + epoch)).tolist()
+        for i in range(done, n // c.batch or 1):
+            yield [(epoch, k) for k in order[i * c.batch : (i + 1) * c.batch][rank::world]]
+        done = 0
+
+
 def train(c, resume=False):
-    out, device = Path(c.out), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out, device, (rank, world) = Path(c.out), join(), place()
+    if c.batch < world:
+        raise ValueError(f"--batch {c.batch}: is shared between {world} processes; wanted at least {world}")
     state = load(out / "last.pt")[0] if resume else None
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; wanted the name of a folder")
     if not resume and (out / "last.pt").exists():
         raise ValueError(f"{out}: holds a run already; --resume goes on with it, another --out starts a new one")
 
@@ -139,13 +215,16 @@ def train(c, resume=False):
     workers = c.workers if c.workers >= 0 else 4 * (device.type == "cuda")
 
     torch.manual_seed(c.seed)
-    net = on(device, build(c, photos.classes))
+    net = on(device, build(replace(c, weights="") if resume else c, photos.classes))
     steps = len(photos) // c.batch or 1
-    # AdamW, one cycle: the same for every dataset here
-    optimiser = torch.optim.AdamW(net.parameters(), lr=c.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, c.lr, total_steps=c.epochs * steps)
+    # AdamW, one cycle: the same for every dataset here. What is pretrained learns at a fiftieth: the full rate would unlearn it
+    pretrained = list(baselines.encoder_of(net).parameters()) if c.weights else []
+    rates = {c.lr: [p for p in net.parameters() if p not in set(pretrained)]} | ({c.lr / 50: pretrained} if pretrained else {})
+    optimiser = torch.optim.AdamW([{"params": group} for group in rates.values()], lr=c.lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, list(rates), total_steps=c.epochs * steps)
     # on small sets the weights of single steps swing by ten points of validation IoU, their running mean does not
     mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    shared = DistributedDataParallel(net) if world > 1 else net  # waits until all processes are here
     parts = {"raw": net, "mean": mean, "optimiser": optimiser, "schedule": schedule}
     log, best, done, total = [], 0.0, 0, 0.0  # done: steps of the epoch under way; total: their losses
     if state:
@@ -153,8 +232,11 @@ def train(c, resume=False):
             raise ValueError(f"{out / 'last.pt'}: knows {state['classes']} classes, {c.data} has {photos.classes}; start a new run")
         if state["photos"] != len(photos):
             raise ValueError(f"{c.data}: its photos have changed since {out / 'last.pt'} was written; start a new run")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:
+            raise misfit(out / "last.pt", c, error) from None
         log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
 
     def checkpoint():
@@ -167,24 +249,28 @@ def train(c, resume=False):
     out.mkdir(parents=True, exist_ok=True)
     save_last()  # a second run into this folder now meets a first
     size = sum(p.numel() for p in net.parameters())
-    print(
-        f"{c.model}, {size:,} parameters, on {device}; {c.data} ({photos.layout}): {len(photos.pairs)} photos to train, "
+    say(
+        f"{c.model}, {size:,} parameters, on {device}{f' and {world - 1} more' * (world > 1)}; {c.data} ({photos.layout}): {len(photos.pairs)} photos to train, "
         f"{len(held_out)} to validate, {photos.classes} classes; short side {c.size}, crops {photos.crop}; to {out}/"
     )
 
     with Interrupts() as interrupts:
+        # one loader for the whole run: its workers stay, and a small set is decoded once
+        share = batches(len(photos), c, len(log) + 1, done)
+        pinned = device.type == "cuda"
+        loader = iter(
+            torch.utils.data.DataLoader(photos, batch_sampler=share, num_workers=workers, pin_memory=pinned, worker_init_fn=leave_signals)
+        )
         for epoch in range(len(log) + 1, c.epochs + 1):
-            net.train()
-            photos.epoch, began, first = epoch, time.time(), done
-            order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(c.seed * 100_003 + epoch)).tolist()
-            batches = [order[i * c.batch : (i + 1) * c.batch] for i in range(done, steps)]
-            loader = torch.utils.data.DataLoader(
-                photos, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda"
-            )
-            for image, truth in tqdm(loader, desc=f"epoch {epoch}/{c.epochs}", leave=False, disable=None):
+            shared.train()
+            began, first = time.time(), done
+            left = islice(loader, steps - done)
+            for image, truth in tqdm(left, f"epoch {epoch}/{c.epochs}", steps, initial=done, leave=False, disable=rank > 0 or None):
+                image, truth = image.to(device, non_blocking=True), truth.to(device, non_blocking=True)
                 with autocast(device):
-                    masks = net(image.to(device, non_blocking=True), c.passes)
-                loss = recurrent_loss([s.float() for s in masks], truth.to(device, non_blocking=True), c.alpha)
+                    masks = shared(image, c.passes)
+                seen = summed((truth != VOID).sum())
+                loss = recurrent_loss([s.float() for s in masks], truth, c.alpha, seen)
                 if not loss.isfinite():
                     bad = next((t for t, s in enumerate(masks, 1) if not s.isfinite().all()), len(masks))
                     raise ValueError(
@@ -192,12 +278,13 @@ def train(c, resume=False):
                         f"{schedule.get_last_lr()[0]:.2g}; {out}/ keeps an earlier state. Try a smaller --lr"
                     )
                 optimiser.zero_grad()
-                loss.backward()
+                (loss * world).backward()  # the processes' gradients are averaged, their losses are parts of a sum
                 optimiser.step()
                 schedule.step()
                 mean.update_parameters(net)
-                total, done = total + loss.item(), done + 1
-                if interrupts.seen:
+                loss, stop = summed(torch.tensor([loss.item(), interrupts.seen], dtype=torch.float64, device=device)).tolist()
+                total, done = total + loss, done + 1
+                if stop:
                     save_last()
                     interrupts.leave(f"epoch {epoch}, step {done}", c, out)
             speed = (steps - first) * c.batch / (time.time() - began)
@@ -210,13 +297,13 @@ def train(c, resume=False):
                 best = score
                 save(out / "best.pt", checkpoint())
             save_last()
-            write_log(log, out)
-            print(
+            if rank == 0:
+                write_log(log, out)
+            say(
                 f"epoch {epoch:3}/{c.epochs}  loss {row['loss']:.4f}  val mIoU {score:.4f}  best {best:.4f}  "
-                f"{speed:5.1f} photos/s  {(c.epochs - epoch) * seconds / 60:.0f} min left",
-                flush=True,
+                f"{speed:5.1f} photos/s  {(c.epochs - epoch) * seconds / 60:.0f} min left"
             )
-            if interrupts.seen:
+            if summed(torch.tensor(interrupts.seen, device=device)):
                 interrupts.leave(f"epoch {epoch}", c, out)
 
 
@@ -230,15 +317,22 @@ class Interrupts:
 
     def notice(self, number, frame):
         self.seen = number
-        signal.signal(number, self.before[number])  # a second Ctrl-C does not wait
+        if place()[1] == 1:  # torchrun hands on what its processes have heard already
+            signal.signal(number, self.before[number])  # a second Ctrl-C does not wait
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def leave(self, where, c, out):
-        print(f"stopped after {where}, all is saved; python train.py --data {c.data} --out {out} --resume goes on", file=sys.stderr)
-        sys.exit(128 + self.seen)
+        wait_for_all()  # until the first has saved: torchrun ends the others as soon as one is gone
+        say(f"stopped after {where}, all is saved; python train.py --data {c.data} --out {out} --resume goes on", file=sys.stderr)
+        sys.exit(128 + (self.seen or signal.SIGTERM))
+
+
+def leave_signals(_):
+    """For the workers, which a Ctrl-C reaches as well: the process that trains finishes its step with them, then ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------- what the run leaves to look at
@@ -265,14 +359,15 @@ def write_log(log, out):
 
 def test(c, checkpoint):
     """The closing table, from the checkpoint that was best on validation."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = join()
     net, _, classes = load_net(checkpoint, device)
     photos = open_dataset(c.data, "test", void=c.void, layout=c.layout)
     if photos.classes != classes:
         raise ValueError(f"{checkpoint}: knows {classes} classes, {c.data} has {photos.classes}; evaluate on data of the same kind")
     matrices, curves = evaluate(net, photos, c, device)
-    print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {checkpoint}", photos.names)
-    draw_samples(net, photos, c, device, checkpoint.parent / "samples.png")
+    if place()[0] == 0:
+        print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {checkpoint}", photos.names)
+        draw_samples(net, photos, c, device, checkpoint.parent / "samples.png")
 
 
 # ---------------------------------------------------------------- main
@@ -287,6 +382,8 @@ def parse(argv=None):
     cli.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
     cli.add_argument("--evaluate", type=Path, metavar="CKPT", help="print the table of this checkpoint; train nothing")
     first = cli.parse_args(argv)
+    if first.evaluate and first.resume:
+        raise ValueError("--evaluate and --resume: the one trains nothing, the other goes on training; choose one")
     first.out = first.out or f"runs/{Path(first.data).resolve().name}"
     start = first.evaluate or (Path(first.out) / "last.pt" if first.resume else None)
     saved = asdict(load(start)[1]) if start else {}
@@ -309,9 +406,16 @@ def main():
         c, resume, checkpoint = parse()
         if not checkpoint:
             train(c, resume)
+            wait_for_all()  # until best.pt is there
         test(c, checkpoint or Path(c.out) / "best.pt")
+        status = 0
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written
-        sys.exit(f"train.py: {error}")
+        status = f"train.py: {error}"
+    except SystemExit as stop:
+        status = stop.code
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    sys.exit(status)  # only here, when train() and the workers it loads with are gone
 
 
 if __name__ == "__main__":
