@@ -81,9 +81,12 @@ def look(pair):
         with Image.open(photo) as head:
             turned = head.getexif().get(0x0112, 1) >= 5
             size = head.size[::-1] if turned else head.size
-            check_mode(photo, head)
             head.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size
             head.load()
+    except Exception as error:  # as in open_picture
+        return None, None, unreadable(photo, error)
+    try:
+        check_mode(photo, head)
         labels = read() if read else read_labels(mask)
         if labels.shape[::-1] != size:
             h, w = labels.shape
@@ -95,8 +98,6 @@ def look(pair):
         return size, np.bincount(labels.ravel(), minlength=256), None
     except ValueError as error:
         return None, None, str(error)
-    except Exception as error:  # of a broken photo, as in open_picture
-        return None, None, unreadable(photo, error)
 
 
 @lru_cache(maxsize=8)  # the three splits of a folder are opened one after the other

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data import MEAN, STD
 from layouts import VOID
+from runs import place
 
 # ---------------------------------------------------------------- masks
 
@@ -48,11 +49,6 @@ def segment(net, image, c):
 
 
 # ---------------------------------------------------------------- scores
-
-
-def place():
-    """(rank, world): which of how many processes this is."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
 def confusion(prediction, truth, classes):

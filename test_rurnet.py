@@ -1457,7 +1457,7 @@ TINY = ["--size", "16", "--width", "4", "--epochs", "2", "--batch", "8"]
 
 def run(script, *args):
     script = script if script == "-m" else HERE / script
-    return subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -1527,6 +1527,16 @@ def alike(run, other):
     return same and strip[0] == strip[1] and len((run / "log.csv").read_text().splitlines()) == len(a["log"]) + 1
 
 
+@pytest.mark.parametrize("model, level", [("dru", 4), ("dru", 0), ("sru", 2), *((name, 4) for name in LIGHT if name not in ("dru", "sru"))])
+def test_a_seed_decides_the_weights(trained, tmp_path, model, level):
+    at, _ = trained
+    shape = ["--level", str(level)] if level < 4 else []
+    for name, seed in ("a", "1"), ("b", "1"), ("c", "2"):
+        flags = ["--data", at / "photos", "--out", tmp_path / name, *TINY, "--epochs", "1", "--batch", "134", "--model", model, "--seed", seed]
+        train.train(train.parse([*map(str, flags), *shape])[0])
+    assert alike(tmp_path / "a", tmp_path / "b") and not alike(tmp_path / "a", tmp_path / "c")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_resume_goes_on(trained, tmp_path, monkeypatch, number, capsys):
     at, _ = trained
@@ -1553,10 +1563,15 @@ def test_a_killed_run_can_always_be_resumed(trained, tmp_path):
             while not (tmp_path / "run/last.pt").exists() and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 6 if began else 2))
+            done = process.poll() == 0
             process.kill()
+        if done:  # and so on with a new run
+            assert alike(tmp_path / "run", at / "run")
+            shutil.rmtree(tmp_path / "run")
+            continue
         for name in "last.pt", "best.pt":
             assert name == "best.pt" and not (tmp_path / "run/best.pt").exists() or train.load(tmp_path / "run" / name)
-    assert run("train.py", *flags, "--resume").returncode == 0
+    assert run("train.py", *flags, *["--resume"] * (tmp_path / "run/last.pt").exists()).returncode == 0
     assert alike(tmp_path / "run", at / "run")
 
 

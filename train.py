@@ -9,17 +9,12 @@ Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png and 
 """
 
 import argparse
-import csv
-import os
-import signal
 import sys
 import time
-import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 
-import matplotlib
 import torch
 from torch import distributed
 from torch.nn import functional as F
@@ -31,10 +26,8 @@ import baselines
 from data import open_dataset
 from gates_triton import fuse
 from layouts import VOID
-from scoring import autocast, draw_samples, evaluate, place, print_table, scores
-
-matplotlib.use("Agg")  # draw to files: a server has no screen
-import matplotlib.pyplot as plt  # noqa: E402
+from runs import Interrupts, foreign, join, leave_signals, place, read, save, say, summed, wait_for_all, write_log
+from scoring import autocast, draw_samples, evaluate, print_table, scores
 
 
 def knob(default, help, **more):
@@ -104,69 +97,16 @@ def recurrent_loss(masks, truth, alpha, seen=None):
     return sum(alpha ** (len(masks) - t) * loss for t, loss in enumerate(losses, 1))
 
 
-# ---------------------------------------------------------------- processes
-
-
-def join():
-    """The device of this process. Where torchrun started several, they find each other: gloo links CPUs, nccl GPUs."""
-    if not torch.cuda.is_available():
-        device, backend = torch.device("cpu"), "gloo"
-    else:
-        gpu = int(os.environ.get("LOCAL_RANK", 0))
-        if gpu >= torch.cuda.device_count():
-            raise ValueError(f"torchrun --nproc_per_node: wanted at most {torch.cuda.device_count()} here, a process for each GPU")
-        torch.cuda.set_device(gpu)
-        device, backend = torch.device("cuda", gpu), "nccl"
-    if "RANK" in os.environ and not distributed.is_initialized():  # torchrun sets it
-        distributed.init_process_group(backend)
-    return device
-
-
-def summed(tensor):
-    """Over all processes."""
-    if distributed.is_initialized():
-        distributed.all_reduce(tensor)
-    return tensor
-
-
-def wait_for_all():
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
-def say(*words, **how):
-    """Print, once for all processes."""
-    if place()[0] == 0:
-        print(*words, **how, flush=True)
-
-
 # ---------------------------------------------------------------- checkpoints
 
 
-def save(path, content):
-    """Written under a temporary name and renamed: whoever kills the run leaves the old checkpoint or the new, never half."""
-    if place()[0] > 0:
-        return  # all processes hold the same; the first writes
-    part = path.with_suffix(".part")
-    try:
-        torch.save(content, part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's own writer says RuntimeError where the disk is full
-        part.unlink(missing_ok=True)
-        raise ValueError(f"{path}: could not be written ({error}); what was there before is intact") from None
-
-
 def load(path):
+    """What a checkpoint holds, and the Config of its run."""
+    content = read(path)
     try:
-        with zipfile.ZipFile(path) as file:  # as torch.save writes
-            if damaged := file.testzip():  # torch.load does not look at the checksums
-                raise ValueError(damaged)
-        content = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
         return content, checked(Config(**content["config"]))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint; train.py writes best.pt and last.pt into --out") from None
-    except Exception as error:  # torch.load answers a broken file with half a dozen kinds of exception
-        raise ValueError(f"{path}: is not a checkpoint of train.py, or is damaged ({type(error).__name__})") from None
+    except Exception as error:  # whatever a foreign file can hold
+        raise foreign(path, error) from None
 
 
 def load_net(path, device):
@@ -305,56 +245,6 @@ def train(c, resume=False):
             )
             if summed(torch.tensor(interrupts.seen, device=device)):
                 interrupts.leave(f"epoch {epoch}", c, out)
-
-
-class Interrupts:
-    """While training, Ctrl-C and `kill` wait for the end of the step."""
-
-    def __enter__(self):
-        self.seen = 0
-        self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def notice(self, number, frame):
-        self.seen = number
-        if place()[1] == 1:  # torchrun hands on what its processes have heard already
-            signal.signal(number, self.before[number])  # a second Ctrl-C does not wait
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def leave(self, where, c, out):
-        wait_for_all()  # until the first has saved: torchrun ends the others as soon as one is gone
-        say(f"stopped after {where}, all is saved; python train.py --data {c.data} --out {out} --resume goes on", file=sys.stderr)
-        sys.exit(128 + (self.seen or signal.SIGTERM))
-
-
-def leave_signals(_):
-    """For the workers, which a Ctrl-C reaches as well: the process that trains finishes its step with them, then ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------- what the run leaves to look at
-
-
-def write_log(log, out):
-    """log.csv and curves.png, whole from the first epoch on: a resumed run has neither gap nor double."""
-    with open(out / "log.part", "w", newline="") as file:
-        table = csv.DictWriter(file, log[0])
-        table.writeheader()
-        table.writerows(log)
-    os.replace(out / "log.part", out / "log.csv")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    epochs = [row["epoch"] for row in log]
-    left.plot(epochs, [row["loss"] for row in log])
-    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    for t in range(1, 1 + sum(name.startswith("mIoU") for name in log[0])):
-        right.plot(epochs, [row[f"mIoU_{t}"] for row in log], label=f"pass {t}")
-    right.set(xlabel="epoch", ylabel="validation mIoU")
-    right.legend()
-    figure.savefig(out / "curves.png", dpi=80)
-    plt.close(figure)
 
 
 def test(c, checkpoint):
