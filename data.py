@@ -112,6 +112,7 @@ def survey(root, void=VOID, layout=None):
             found.problems += [problem] if problem else []
     if found.names:
         found.classes = len(found.names)
+        found.problems += [f"--void {void}: {found.layout} decides by itself what is void; leave --void out"] * (void != VOID)
         return found
     mask_of = {photo: mask for _, photo, mask, _ in pairs}
     held = {mask_of[photo]: set(np.flatnonzero(count).tolist()) for photo, count in found.pixels.items()}
@@ -127,10 +128,14 @@ def survey(root, void=VOID, layout=None):
                 f"{mask}: holds the values [{shown}]; a mask is 0 and 1, or 0 and 255, or class ids without gaps and {VOID} for "
                 f"void. Noise around 0 and 255 comes from JPEG: save masks as PNG. See \"Your own photos\" in README.md"
             )
-    with_one, with_white = ({m for m, values in held.items() if v in values} for v in (1, VOID))
+    with_one, with_white = ({m for m, values in held.items() if wanted <= values} for wanted in ({1}, {0, VOID}))
     if found.classes == 2 and not found.white and with_one and with_white and not with_one & with_white:
         odd = min(with_white)
         found.problems.append(f"{odd}: is 0 and 255, {min(with_one)} is 0 and 1; use one of the two in all masks")
+    unseen = set() if found.white else {void, VOID}
+    for split, pairs in found.pairs.items():
+        if pairs and all(held.get(mask, {0}) <= unseen for _, _, mask, _ in pairs):
+            found.problems.append(f"{root}: the masks of {split} are void all over")
     if found.classes < 2 and not found.problems:
         found.problems.append(f"{root}: every mask holds {sorted(union)} alone; there is nothing to learn")
     return found

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import normalise, read_photo
@@ -31,10 +32,16 @@ def overlay(photo, mask):
     grey = pixels.mean(2, keepdims=True) * 0.35 + pixels * 0.25
     pixels = np.where(mask[..., None] > 0, 0.75 * pixels + 0.25 * tint, grey)
     thick = max(photo.size) // 400 * 2 + 3
-    ids = Image.fromarray(mask.astype(np.uint8))
-    edge = np.asarray(ids.filter(ImageFilter.MaxFilter(thick))) != np.asarray(ids.filter(ImageFilter.MinFilter(thick)))
-    rim = COLOURS[(np.asarray(ids.filter(ImageFilter.MaxFilter(thick))) - 1) % 6 + 1]
-    return Image.fromarray(np.where(edge[..., None], rim, pixels).astype(np.uint8))
+    ids = torch.from_numpy(mask).float()
+    most, least = widest(ids, thick), -widest(-ids, thick)
+    rim = COLOURS[(most - 1) % 6 + 1]
+    return Image.fromarray(np.where((most != least)[..., None], rim, pixels).astype(np.uint8))
+
+
+def widest(ids, thick):
+    """The largest id within a square around every pixel: along the rows, then along the columns."""
+    rows = F.max_pool2d(ids[None], (1, thick), 1, (0, thick // 2))
+    return F.max_pool2d(rows, (thick, 1), 1, (thick // 2, 0))[0].numpy().astype(int)
 
 
 def find_inputs(paths):
@@ -52,30 +59,22 @@ def find_inputs(paths):
             other = files.setdefault(file.stem, file)
             if other.resolve() != file.resolve():
                 raise ValueError(f"{file} and {other}: would both become {file.stem}.png; give them different names or runs")
-    return [files[stem] for stem in sorted(files, key=lambda stem: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", stem)])]
+    return [files[stem] for stem in sorted(files, key=lambda stem: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", stem)])]
 
 
 @torch.no_grad()
-def main():
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("checkpoint", type=Path)
-    cli.add_argument("inputs", type=Path, nargs="+", help="photos and folders of photos")
-    cli.add_argument("--out", type=Path, default=Path("masks"), help="folder for the masks")
-    cli.add_argument("--frames", action="store_true", help="the inputs are one video, in order of name")
-    args = cli.parse_args()
+def mask_all(args):
+    """Write every mask and overlay; return how many pictures failed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        net, config, classes = load_net(args.checkpoint, device)
-        inputs = find_inputs(args.inputs)
-        if args.frames and not hasattr(net, "step"):
-            raise ValueError(f"{args.checkpoint}: is a {config.model}, which carries no state; leave --frames out")
-        outputs = [(args.out / f"{path.stem}.png", args.out / f"{path.stem}_overlay.jpg") for path in inputs]
-        clash = {path.resolve() for path in inputs} & {path.resolve() for pair in outputs for path in pair}
-        if clash:
-            raise ValueError(f"{min(clash)}: is an input and would be overwritten; name another folder with --out")
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:  # OSError: a folder that may not be read or written
-        sys.exit(f"predict.py: {error}")
+    net, config, classes = load_net(args.checkpoint, device)
+    inputs = find_inputs(args.inputs)
+    if args.frames and not hasattr(net, "step"):
+        raise ValueError(f"{args.checkpoint}: is a {config.model}, which carries no state; leave --frames out")
+    outputs = [(args.out / f"{path.stem}.png", args.out / f"{path.stem}_overlay.jpg") for path in inputs]
+    clash = {path.resolve() for path in inputs} & {path.resolve() for pair in outputs for path in pair}
+    if clash:
+        raise ValueError(f"{min(clash)}: is an input and would be overwritten; name another folder with --out")
+    args.out.mkdir(parents=True, exist_ok=True)
 
     state, failed = None, 0
     for path, (mask_path, overlay_path) in zip(tqdm(inputs, disable=None), outputs):
@@ -83,27 +82,43 @@ def main():
             photo = read_photo(path)
             if min(photo.size) < 16:
                 raise ValueError(f"{path}: is {photo.width}x{photo.height}; wanted at least 16x16")
-        except ValueError as error:
-            tqdm.write(f"predict.py: {error}", file=sys.stderr)
+            image = normalise(photo).to(device)
+            if args.frames:
+                frame = to_size(image, config.size)
+                if state is None or state[0].shape[2:] != frame.shape[2:]:
+                    state = net.start(frame)
+                with autocast(device):
+                    s, state = net.step(frame, state)
+                mask = to_photo(s, image.shape[1:]).argmax(0).numpy()
+            else:
+                mask = segment(net, image, config)[-1].argmax(0).numpy()
+        except (ValueError, MemoryError, RuntimeError) as error:  # RuntimeError is how torch says that memory is short
+            told = error if isinstance(error, ValueError) else f"{path}: {str(error).splitlines()[0]}"
+            tqdm.write(f"predict.py: {told}", file=sys.stderr)
             failed += 1
             continue
-        image = normalise(photo).to(device)
-        if args.frames:
-            frame = to_size(image, config.size)
-            if state is None or state[0].shape[2:] != frame.shape[2:]:
-                state = net.start(frame)
-            with autocast(device):
-                s, state = net.step(frame, state)
-            mask = to_photo(s, image.shape[1:]).argmax(0).numpy()
-        else:
-            mask = segment(net, image, config)[-1].argmax(0).numpy()
         try:
             Image.fromarray((mask * (255 if classes == 2 else 1)).astype(np.uint8)).save(mask_path)
             overlay(photo, mask).save(overlay_path, quality=92)
         except OSError as error:
-            sys.exit(f"predict.py: {mask_path}: could not be written ({error}); what was written before it is whole")
+            raise ValueError(f"{args.out}: {mask_path.stem} could not be written ({error}); what was written before it is whole") from None
     print(f"{len(inputs) - failed} masks in {args.out}/" + (f", {failed} pictures could not be read" if failed else ""))
-    sys.exit(failed > 0)
+    return failed
+
+
+def main():
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("checkpoint", type=Path)
+    cli.add_argument("inputs", type=Path, nargs="+", help="photos and folders of photos")
+    cli.add_argument("--out", type=Path, default=Path("masks"), help="folder for the masks")
+    cli.add_argument("--frames", action="store_true", help="the inputs are one video, in order of name")
+    try:
+        status = mask_all(cli.parse_args()) > 0
+    except (ValueError, OSError) as error:  # OSError: a folder that may not be read or written
+        status = f"predict.py: {error}"
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":

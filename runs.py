@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import signal
 import sys
 import zipfile
@@ -63,7 +64,10 @@ def save(path, content):
         return  # all processes hold the same; the first writes
     part = path.with_suffix(".part")
     try:
-        torch.save(content, part)
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's own writer says RuntimeError where the disk is full
         part.unlink(missing_ok=True)
@@ -100,7 +104,7 @@ class Interrupts:
 
     def notice(self, number, frame):
         self.seen = number
-        if place()[1] == 1:  # torchrun hands on what its processes have heard already
+        if place()[1] == 1:  # torchrun may say it twice
             signal.signal(number, self.before[number])  # a second Ctrl-C does not wait
 
     def __exit__(self, *_):
@@ -109,13 +113,16 @@ class Interrupts:
 
     def leave(self, where, c, out):
         wait_for_all()  # until the first has saved: torchrun ends the others as soon as one is gone
-        say(f"stopped after {where}, all is saved; python train.py --data {c.data} --out {out} --resume goes on", file=sys.stderr)
+        again = shlex.join(["python", "train.py", "--data", c.data, "--out", str(out), "--resume"])
+        say(f"stopped after {where}, all is saved; {again} goes on", file=sys.stderr)
         sys.exit(128 + (self.seen or signal.SIGTERM))
 
 
 def leave_signals(_):
-    """For the workers, which a Ctrl-C reaches as well: the process that trains finishes its step with them, then ends them."""
+    """For the workers: the process that trains finishes its step with them, then ends them. So Ctrl-C, `timeout` and torchrun must not."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # SIGTERM cannot be ignored: it is what ends them. A group of their own keeps others' away
+        os.setpgrp()
 
 
 # ---------------------------------------------------------------- the log

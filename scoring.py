@@ -44,7 +44,7 @@ def segment(net, image, c):
         masks = net(small, c.passes)
         if c.views == 2:
             mirrored = net(small.flip(-1), c.passes)
-            masks = [(s.softmax(1) + m.softmax(1).flip(-1)).log() for s, m in zip(masks, mirrored)]
+            masks = [torch.logaddexp(s.log_softmax(1), m.log_softmax(1).flip(-1)) for s, m in zip(masks, mirrored)]
     return [to_photo(s, image.shape[-2:]) for s in masks]
 
 
@@ -94,10 +94,9 @@ def evaluate(net, dataset, c, device):
         seen = truth != VOID
         bins = [(truth[seen] == 1) * 1001 + (1000 * p[1][seen]).round().long() for p in passes]
         curves += torch.stack([torch.bincount(b, minlength=2002).view(2, 1001) for b in bins])
-    parts = [(matrices, curves)]
+    parts = [(matrices, curves)] * world
     if world > 1:
-        parts *= world
-        distributed.all_gather_object(parts, (matrices, curves))
+        distributed.all_gather_object(parts, parts[0])
     return tuple(map(sum, zip(*parts)))
 
 

@@ -5,10 +5,11 @@
     python train.py --data hands/ --evaluate runs/hands/best.pt    the table alone
     torchrun --nproc_per_node=2 train.py --data hands/             several GPUs, machines, or processes on CPUs
 
-Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png and samples.png.
+Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; and samples.png, beside the checkpoint that the table is of.
 """
 
 import argparse
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -51,7 +52,7 @@ class Config:
     layout: str = knob("", "how --data is laid out, where two layouts fit; layouts.py has their names")
     void: int = knob(VOID, "class id in the masks that neither trains nor counts, besides 255")
     views: int = knob(1, "2 averages every photo with its mirror image when scoring, as the official code does", choices=[1, 2])
-    epochs: int = knob(30, "one shows every photo once, or as many times as make 400")
+    epochs: int = knob(30, "one shows every photo once, or as many times as make 400, in whole batches")
     batch: int = knob(8, "photos a step")
     lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle")
     seed: int = knob(0, "of weights, order and augmentation")
@@ -151,6 +152,7 @@ def train(c, resume=False):
     options = dict(void=c.void, layout=c.layout, rotate=c.rotate, seed=c.seed)
     photos = open_dataset(c.data, "train", c.size, augment=True, crop=c.crop, **options)
     held_out = open_dataset(c.data, "val", **options)
+    names = [name for name, *_ in photos.pairs + held_out.pairs]
     photos.repeat = -(-400 // len(photos))
     workers = c.workers if c.workers >= 0 else 4 * (device.type == "cuda")
 
@@ -168,23 +170,23 @@ def train(c, resume=False):
     parts = {"raw": net, "mean": mean, "optimiser": optimiser, "schedule": schedule}
     log, best, done, total = [], 0.0, 0, 0.0  # done: steps of the epoch under way; total: their losses
     if state:
-        if state["classes"] != photos.classes:
-            raise ValueError(f"{out / 'last.pt'}: knows {state['classes']} classes, {c.data} has {photos.classes}; start a new run")
-        if state["photos"] != len(photos):
-            raise ValueError(f"{c.data}: its photos have changed since {out / 'last.pt'} was written; start a new run")
+        if state.get("classes") != photos.classes:
+            raise ValueError(f"{out / 'last.pt'}: knows {state.get('classes')} classes, {c.data} has {photos.classes}; start a new run")
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
+            log, best, done, total, before = (state[name] for name in ("log", "best", "done", "total", "photos"))
         except Exception as error:
             raise misfit(out / "last.pt", c, error) from None
-        log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
+        if before != names:
+            raise ValueError(f"{c.data}: its photos have changed since {out / 'last.pt'} was written; start a new run")
 
     def checkpoint():
         return {"net": mean.module.state_dict(), "config": asdict(c), "classes": photos.classes, "log": log}
 
     def save_last():
         more = {name: part.state_dict() for name, part in parts.items()}
-        save(out / "last.pt", checkpoint() | more | {"best": best, "done": done, "total": total, "photos": len(photos)})
+        save(out / "last.pt", checkpoint() | more | {"best": best, "done": done, "total": total, "photos": names})
 
     out.mkdir(parents=True, exist_ok=True)
     save_last()  # a second run into this folder now meets a first
@@ -211,23 +213,28 @@ def train(c, resume=False):
                     masks = shared(image, c.passes)
                 seen = summed((truth != VOID).sum())
                 loss = recurrent_loss([s.float() for s in masks], truth, c.alpha, seen)
-                if not loss.isfinite():
-                    bad = next((t for t, s in enumerate(masks, 1) if not s.isfinite().all()), len(masks))
-                    raise ValueError(
-                        f"the loss is {loss.item()} in epoch {epoch}, step {done + 1}, since pass {bad}, at learning rate "
-                        f"{schedule.get_last_lr()[0]:.2g}; {out}/ keeps an earlier state. Try a smaller --lr"
-                    )
                 optimiser.zero_grad()
                 (loss * world).backward()  # the processes' gradients are averaged, their losses are parts of a sum
+                gradient = torch.nn.utils.get_total_norm(p.grad for p in net.parameters())
+                loss, stop = summed(torch.tensor([loss.item(), interrupts.seen], dtype=torch.float64, device=device)).tolist()
+                if not math.isfinite(loss) or not gradient.isfinite():  # of all processes, so that all stop here
+                    bad = next((t for t, s in enumerate(masks, 1) if not s.isfinite().all()), len(masks))
+                    raise ValueError(
+                        f"the loss is {loss:.3g}, its gradient {gradient:.3g} in epoch {epoch}, step {done + 1}, since pass {bad}, at learning rate "
+                        f"{schedule.get_last_lr()[0]:.2g}; {out}/ keeps an earlier state. Try a smaller --lr"
+                    )
                 optimiser.step()
                 schedule.step()
                 mean.update_parameters(net)
-                loss, stop = summed(torch.tensor([loss.item(), interrupts.seen], dtype=torch.float64, device=device)).tolist()
                 total, done = total + loss, done + 1
                 if stop:
                     save_last()
                     interrupts.leave(f"epoch {epoch}, step {done}", c, out)
             speed = (steps - first) * c.batch / (time.time() - began)
+            save_last()  # a long validation may be killed
+            if world > 1:  # batch norm counts in each process by itself
+                for buffer in mean.buffers():
+                    distributed.broadcast(buffer, 0)
             rows = [scores(matrix) for matrix in evaluate(mean.module, held_out, c, device)[0]]
             seconds, score = time.time() - began, rows[-1]["mIoU"]
             row = {"epoch": epoch, "loss": total / steps, "lr": schedule.get_last_lr()[0], "seconds": seconds}
@@ -236,9 +243,9 @@ def train(c, resume=False):
             if score >= best:
                 best = score
                 save(out / "best.pt", checkpoint())
-            save_last()
             if rank == 0:
                 write_log(log, out)
+            save_last()
             say(
                 f"epoch {epoch:3}/{c.epochs}  loss {row['loss']:.4f}  val mIoU {score:.4f}  best {best:.4f}  "
                 f"{speed:5.1f} photos/s  {(c.epochs - epoch) * seconds / 60:.0f} min left"
@@ -282,7 +289,7 @@ def parse(argv=None):
     resume, checkpoint = args.pop("resume"), args.pop("evaluate")
     c = checked(Config(**args))
     kept = {"model", "level", "width", "hidden"} if checkpoint else saved.keys() - {"data", "out", "workers"}
-    for name in sorted(kept) if saved else ():
+    for name in sorted(kept & saved.keys()):
         if args[name] != saved[name]:
             raise ValueError(f"--{name} {args[name]}: {start} was made with {saved[name]}; leave it out, or start a new run")
     if not c.size:
@@ -299,11 +306,19 @@ def main():
             wait_for_all()  # until best.pt is there
         test(c, checkpoint or Path(c.out) / "best.pt")
         status = 0
-    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written
-        status = f"train.py: {error}"
     except SystemExit as stop:
         status = stop.code
-    if distributed.is_initialized():
+    except KeyboardInterrupt:  # outside of training, or for the second time
+        status = 130
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written
+        text = str(error)
+        status = f"train.py: {text.splitlines()[-1] if text.startswith('Caught') else text}"  # a worker's comes with its traceback
+    except (RuntimeError, MemoryError) as error:
+        if place()[1] == 1 and "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        status = f"train.py: {str(error).splitlines()[0]}; "
+        status += "smaller --batch, --crop or --size take less" if "memory" in status else "did another process end?"
+    if distributed.is_initialized() and status in (0, 130, 143):  # otherwise the others may be waiting
         distributed.destroy_process_group()
     sys.exit(status)  # only here, when train() and the workers it loads with are gone
 
