@@ -231,7 +231,10 @@ class Around(nn.Module):
 
     def encode(self, x):
         e, skips = self.encoder(x)
-        return e, ([self.stem(x), *skips] if self.stem else skips)
+        if self.stem:
+            return e, [self.stem(x), *skips]
+        # VGG-16 has no norm: pretrained, its features are fifty times what they are joined with, at random a hundredth
+        return F.group_norm(e, 8), [F.group_norm(skip, 8) for skip in skips]
 
     decode = UNet.decode
 

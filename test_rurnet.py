@@ -1322,9 +1322,15 @@ def test_vgg16_is_vgg16(tmp_path):
         x = F.max_pool2d(x, 2)
     for name, extra in ("unet-vgg16", 0), ("dru-vgg16", 2):  # the mask's channels start at zero: any mask gives the plain features
         net = baselines.build(name, 2, weights=tmp_path / "vgg16.pth").eval()
-        e, mine = net.outer.encode(torch.cat([image, torch.rand(1, extra, 64, 96)], 1))
+        seen = torch.cat([image, torch.rand(1, extra, 64, 96)], 1)
+        e, mine = net.outer.encoder(seen)
         for got, want in zip([e, *mine], [x, *skips], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        e, mine = net.outer.encode(seen)  # what the decoder is given has a spread of one, whatever the weights
+        for got, want in zip([e, *mine], [x, *skips], strict=True):
+            grouped = want.unflatten(1, (8, -1)).flatten(2)
+            want = ((grouped - grouped.mean(2, keepdim=True)) / (grouped.var(2, keepdim=True, correction=0) + 1e-5).sqrt()).view_as(want)
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name, depths", [("dru-resnet50", (3, 4, 6, 3)), ("unet-resnet50", (3, 4, 6, 3)), ("refinenet", (3, 4, 23, 3))])
