@@ -52,7 +52,11 @@ def find_inputs(paths):
             raise ValueError(f"{path}: no such file or folder")
         found = [path]
         if path.is_dir():
-            found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in ENDINGS and not p.name.startswith(".")]
+            held = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+            found = [p for p in held if p.suffix.lower() in ENDINGS]
+            if others := [p.name for p in held if p not in found]:
+                shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+                print(f"predict.py: {path}: passed over {len(others)} that are no pictures here ({shown})", file=sys.stderr)
         if not found:
             raise ValueError(f"{path}: holds no pictures ({', '.join(sorted(ENDINGS))})")
         for file in found:

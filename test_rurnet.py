@@ -39,6 +39,7 @@ import figures
 import gates_triton
 import layouts
 import predict
+import runs
 import scoring
 import train
 from data import open_dataset, read_photo, survey
@@ -1610,14 +1611,44 @@ def torchrun(*args):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
 def test_two_processes_learn_what_one_learns(trained, tmp_path):
     at, printed = trained
-    done = torchrun(HERE / "train.py", "--data", at / "photos", "--out", tmp_path / "run", *TINY)
-    assert done.returncode == 0, done.stderr
-    one, two = (train.load(folder / "run/last.pt")[0]["log"] for folder in (at, tmp_path))
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)  # sums in another order, 100 steps long
-    assert [row["mIoU_3"] for row in two] == pytest.approx([row["mIoU_3"] for row in one], abs=5e-3)
-    assert "and 1 more" in done.stdout and done.stdout.count("epoch   2/2") == 1 == done.stdout.count("pass    mIoU")
+    (tmp_path / "sgd.py").write_text(textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(HERE)!r})
+        import torch, train
+        torch.optim.AdamW = lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr)  # AdamW is blind to a gradient that is twice too large
+        train.main()
+    """))
+    flags = ["--data", at / "photos", *TINY, "--lr", "0.02", "--out"]
+    one, two = process(tmp_path / "sgd.py", *flags, tmp_path / "one"), torchrun(tmp_path / "sgd.py", *flags, tmp_path / "two")
+    assert one.returncode == two.returncode == 0, two.stderr
+    first, second = (train.load(tmp_path / name / "last.pt")[0]["log"] for name in ("one", "two"))
+    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 100 steps long
+    assert [row["mIoU_3"] for row in second] == pytest.approx([row["mIoU_3"] for row in first], abs=5e-3)
+    assert "and 1 more" in two.stdout and two.stdout.count("epoch   2/2") == 1 == two.stdout.count("pass    mIoU")
     again = torchrun(HERE / "train.py", "--data", at / "photos", "--evaluate", at / "run/best.pt")
     assert again.stdout.splitlines()[-4:] == printed.splitlines()[-4:], again.stderr  # one test photo: the second process has none
+
+
+def test_processes_count_every_photo_once_and_the_first_writes(trained, tmp_path, monkeypatch):
+    at, _ = trained
+    net, c, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
+    photos, parts = open_dataset(at / "photos", "train"), []
+    whole = scoring.evaluate(net, photos, c, torch.device("cpu"))
+    for rank in range(4):
+        monkeypatch.setattr(scoring, "place", lambda rank=rank: (rank, 4))
+        monkeypatch.setattr(scoring.distributed, "all_gather_object", lambda gathered, part: parts.append(part))
+        scoring.evaluate(net, photos, c, torch.device("cpu"))
+    assert len(parts) == 4 and all(torch.equal(sum(part), want) for part, want in zip(zip(*parts), whole))
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr(train, "place", lambda rank=rank: (rank, 4))
+        shares.append(list(train.batches(402, c, 1, 3)))
+    monkeypatch.setattr(train, "place", lambda: (0, 1))
+    for *parts, batch in zip(*shares, train.batches(402, c, 1, 3), strict=True):
+        assert sorted(sum(parts, [])) == sorted(batch) and min(map(len, parts)) == 2
+    monkeypatch.setattr(runs, "place", lambda: (1, 4))
+    runs.save(tmp_path / "last.pt", {})
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
@@ -1711,7 +1742,9 @@ def test_masks_have_the_size_of_their_photos(trained, tmp_path):
     (tmp_path / "in").mkdir()
     blob(61, 33)[0].save(tmp_path / "in/turned.jpg", exif=exif)
     (tmp_path / "in/broken.jpg").write_bytes(b"\xff\xd8nothing")
+    (tmp_path / "in/film.mp4").touch()
     done = run("predict.py", at / "run/best.pt", tmp_path / "in", at / "photos/images/p0.png", "--out", tmp_path / "out")
+    assert "in: passed over 1 that are no pictures here (film.mp4)" in done.stderr
     assert done.returncode == 1 and "broken.jpg: cannot be read" in done.stderr and "2 masks" in done.stdout
     turned = Image.open(tmp_path / "out/turned.png")
     assert turned.size == (33, 61) and set(np.unique(turned)) <= {0, 255}
@@ -1961,7 +1994,7 @@ def test_bench_prints_a_row_for_every_system(monkeypatch, capsys):
 # ---------------------------------------------------------------- tutorial.md, figures.py
 
 
-PAGES = {name: (HERE / name).read_text(encoding="utf-8") for name in ("README.md", "tutorial.md")}
+PAGES = {name: (HERE / name).read_text(encoding="utf-8") for name in ("README.md", "tutorial.md", "results/README.md")}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 RUN_ALL = """
 import contextlib, io, json, subprocess, sys
