@@ -1566,6 +1566,18 @@ def test_a_seed_decides_the_weights(trained, tmp_path, model, level):
     assert alike(tmp_path / "a", tmp_path / "b") and not alike(tmp_path / "a", tmp_path / "c")
 
 
+def test_a_pretrained_encoder_learns_at_a_fiftieth(trained, tmp_path, monkeypatch):
+    at, _ = trained
+    monkeypatch.setattr(train, "build", lambda c, classes: RecurrentUNet(classes, width=4))
+    monkeypatch.setattr(baselines, "encoder_of", lambda net: net.outer)
+    flags = ["--data", at / "photos", "--out", tmp_path, *TINY, "--epochs", "1", "--batch", "134", "--weights", "some.pth"]
+    train.train(train.parse([*map(str, flags)])[0])
+    groups = train.load(tmp_path / "last.pt")[0]["optimiser"]["param_groups"]
+    encoder = len(list(RecurrentUNet(width=4).outer.parameters()))
+    everything = len(list(RecurrentUNet(width=4).parameters()))
+    assert [(len(g["params"]), g["max_lr"]) for g in groups] == [(everything - encoder, 4e-3), (encoder, pytest.approx(8e-5))]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_resume_goes_on(trained, tmp_path, monkeypatch, number, capsys):
     at, _ = trained
@@ -1646,6 +1658,8 @@ def test_processes_count_every_photo_once_and_the_first_writes(trained, tmp_path
     monkeypatch.setattr(train, "place", lambda: (0, 1))
     for *parts, batch in zip(*shares, train.batches(402, c, 1, 3), strict=True):
         assert sorted(sum(parts, [])) == sorted(batch) and min(map(len, parts)) == 2
+    shown = sum(train.batches(402, c, 1, 0), [])
+    assert len(set(shown)) == 800 and [sum(epoch == e for e, _ in shown) for epoch in (1, 2)] == [400, 400]  # whole batches of 402
     monkeypatch.setattr(runs, "place", lambda: (1, 4))
     runs.save(tmp_path / "last.pt", {})
     assert not any(tmp_path.iterdir())
