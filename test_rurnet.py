@@ -1714,6 +1714,22 @@ def test_a_loss_that_is_no_number_stops_the_run(trained, tmp_path, monkeypatch, 
     assert len(content["log"]) == 1 and len(content["photos"]) == 7 and all(v.isfinite().all() for v in content["raw"].values())
 
 
+@pytest.mark.parametrize("error, status, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "CUDA out of memory. Tried to allocate 2 GiB; a smaller --batch, "),
+    (MemoryError(), 1, "out of memory; a smaller --batch, "),
+    (ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal Traceback\n  File\nValueError: a.png: gone"), 1, "train.py: ValueError: a.png: gone"),
+    (KeyboardInterrupt(), 130, ""),
+])  # fmt: skip
+def test_what_else_may_stop_a_run(trained, tmp_path, monkeypatch, error, status, words):
+    at, _ = trained
+    monkeypatch.setattr(train, "recurrent_loss", lambda *_: (_ for _ in ()).throw(error))
+    done = run("train.py", "--data", at / "photos", "--out", tmp_path, *TINY)
+    assert done.returncode == status and words in done.stderr and done.stderr.count("\n") <= 1
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a mistake of ours"):
+        patch.setattr(train, "recurrent_loss", lambda *_: (_ for _ in ()).throw(RuntimeError("a mistake of ours")))
+        run("train.py", "--data", at / "photos", "--out", tmp_path / "other", *TINY)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     train.save(path, {"a": torch.ones(3)})

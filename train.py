@@ -314,10 +314,11 @@ def main():
         text = str(error)
         status = f"train.py: {text.splitlines()[-1] if text.startswith('Caught') else text}"  # a worker's comes with its traceback
     except (RuntimeError, MemoryError) as error:
-        if place()[1] == 1 and "memory" not in str(error) and not isinstance(error, MemoryError):
+        short = isinstance(error, MemoryError) or "memory" in str(error)
+        if place()[1] == 1 and not short:
             raise
-        status = f"train.py: {str(error).splitlines()[0]}; "
-        status += "smaller --batch, --crop or --size take less" if "memory" in status else "did another process end?"
+        told = (str(error).splitlines() or ["out of memory"])[0]
+        status = f"train.py: {told}; " + ("a smaller --batch, --crop or --size takes less" if short else "did another process end?")
     if distributed.is_initialized() and status in (0, 130, 143):  # otherwise the others may be waiting
         distributed.destroy_process_group()
     sys.exit(status)  # only here, when train() and the workers it loads with are gone
