@@ -1,6 +1,6 @@
 """The tests, in the order of the files: the model, the kernels, the data, training, masks.
 
-python -m pytest -q      about three and a half minutes on two cores, no GPU, no download
+python -m pytest -q      about five minutes on two cores, no GPU, no download
 """
 
 import contextlib
@@ -1622,7 +1622,7 @@ def torchrun(*args):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
 def test_two_processes_learn_what_one_learns(trained, tmp_path):
-    at, printed = trained
+    at, _ = trained
     (tmp_path / "sgd.py").write_text(textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(HERE)!r})
@@ -1637,8 +1637,8 @@ def test_two_processes_learn_what_one_learns(trained, tmp_path):
     assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 100 steps long
     assert [row["mIoU_3"] for row in second] == pytest.approx([row["mIoU_3"] for row in first], abs=5e-3)
     assert "and 1 more" in two.stdout and two.stdout.count("epoch   2/2") == 1 == two.stdout.count("pass    mIoU")
-    again = torchrun(HERE / "train.py", "--data", at / "photos", "--evaluate", at / "run/best.pt")
-    assert again.stdout.splitlines()[-4:] == printed.splitlines()[-4:], again.stderr  # one test photo: the second process has none
+    tables = [[float(n) for line in done.stdout.splitlines()[-3:] for n in line.split()] for done in (one, two)]
+    assert tables[0] == pytest.approx(tables[1], abs=5e-3)  # of one test photo: the second process has none
 
 
 def test_processes_count_every_photo_once_and_the_first_writes(trained, tmp_path, monkeypatch):
@@ -1697,7 +1697,7 @@ def test_workers_change_nothing_and_leave_with_the_run(trained, tmp_path):
         os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and many a scheduler do: to workers too
         _, errors = process.communicate(timeout=100)  # ends when nobody holds the pipe any more
     assert process.returncode == 143 and errors.count("\n") < 8 and "stopped after epoch" in errors, errors
-    assert run("train.py", *flags, "--resume").returncode == 0 and alike(tmp_path / "run", at / "run")
+    assert run("train.py", *flags, "--resume", "--workers", "0").returncode == 0 and alike(tmp_path / "run", at / "run")
 
 
 @pytest.mark.parametrize("spoil, words", [
