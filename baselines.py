@@ -233,7 +233,7 @@ class Around(nn.Module):
         e, skips = self.encoder(x)
         if self.stem:
             return e, [self.stem(x), *skips]
-        # VGG-16 has no norm: pretrained, its features are fifty times what they are joined with, at random a hundredth
+        # VGG-16 has no norm: pretrained, its features are far larger than what they are joined with, at random far smaller
         return F.group_norm(e, 8), [F.group_norm(skip, 8) for skip in skips]
 
     decode = UNet.decode

@@ -97,7 +97,7 @@ def mask_all(args):
             else:
                 mask = segment(net, image, config)[-1].argmax(0).numpy()
         except (ValueError, MemoryError, RuntimeError) as error:  # RuntimeError is how torch says that memory is short
-            told = error if isinstance(error, ValueError) else f"{path}: {str(error).splitlines()[0]}"
+            told = error if isinstance(error, ValueError) else f"{path}: {(str(error).splitlines() or ['out of memory'])[0]}"
             tqdm.write(f"predict.py: {told}", file=sys.stderr)
             failed += 1
             continue

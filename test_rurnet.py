@@ -1784,6 +1784,17 @@ def test_masks_have_the_size_of_their_photos(trained, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/p0.png")), want * 255)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("not enough memory: you tried to allocate 9 GB")])
+def test_a_photo_too_large_for_memory_is_named_and_passed(trained, tmp_path, monkeypatch, error):
+    at, _ = trained
+    segment = predict.segment
+    monkeypatch.setattr(predict, "find_inputs", lambda paths: [at / "photos/images/p0.png", at / "photos/images/p1.png"])
+    calls = iter([segment, lambda *_: (_ for _ in ()).throw(error)])
+    monkeypatch.setattr(predict, "segment", lambda *a: next(calls)(*a))
+    done = run("predict.py", at / "run/best.pt", at / "photos/images", "--out", tmp_path / "out")
+    assert done.returncode == 1 and "p1.png: " in done.stderr and "memory" in done.stderr and "1 masks" in done.stdout
+
+
 def test_frames_carry_the_state(trained, tmp_path):
     at, _ = trained
     done = run("predict.py", at / "run/best.pt", at / "photos/images", "--frames", "--out", tmp_path)
