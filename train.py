@@ -84,8 +84,8 @@ def build(c, classes):
 
 
 def on(device, net):
-    """The network on its device, with fused gates where there is a GPU to run them."""
-    return fuse(net.to(device)) if device.type == "cuda" else net.to(device)
+    """The network on its device: with fused gates on a GPU; on a CPU with channels last in memory, which its convolutions like."""
+    return fuse(net.to(device)) if device.type == "cuda" else net.to(memory_format=torch.channels_last)
 
 
 def recurrent_loss(masks, truth, alpha, seen=None):
