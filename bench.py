@@ -1,25 +1,39 @@
-"""What every system costs.
+"""What every system costs, and what makes the network fast.
 
-    python bench.py --table     parameters, GFLOP, milliseconds and memory of one frame, for each system of baselines.py
+    python bench.py --table                     parameters, GFLOP, milliseconds and memory of one frame, for each system of baselines.py
+    python bench.py --infer [--official PATH]   DRU(4), three passes: plain, as predict.py runs it, and what else there is to run it with
+    python bench.py --train                     a training step of 8 photos: plain, as train.py runs it, recomputed; and its memory
+    python bench.py --grow growth.csv           time and memory against passes, image side and batch; figures.py draws the file
 
-One frame of 230x306 pixels, as in the paper, batch 1, three passes where a system has passes. The times are medians over
-rounds that visit all systems in shuffled order, so that whatever slows the machine slows them all.
+One frame of 230x306 pixels, as in the paper, and batch 1, unless it says otherwise. Times are medians over rounds that visit all
+forms in shuffled order, so that whatever slows the machine slows them all; a ratio is the median of the ratios within rounds. The
+plain form runs twice, as "plain" and "plain, again": by how much that ratio misses 1, no other can be trusted either.
 """
 
 import argparse
+import csv
+import importlib
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import SYSTEMS, build
+from fast import Recomputed, Replayed, keep_memory, on
 from gates_triton import fuse
+from predict import to_onnx
+from rurnet import RecurrentUNet
+from scoring import autocast
+from train import recurrent_loss
 
 FRAME = 1, 3, 230, 306
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,11 +46,20 @@ def load(name):
 
 @torch.no_grad()
 def milliseconds(net, image):
+    return timed(lambda: net(image))
+
+
+def timed(call):
     began = time.perf_counter()
-    net(image)
+    call()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - began)
+
+
+def where():
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{device}, torch {torch.__version__}"
 
 
 @torch.no_grad()
@@ -62,14 +85,12 @@ def high_water():
 
 
 def table(rounds):
-    run = [sys.executable, __file__, "--memory"]
-    memory = {name: float(subprocess.run([*run, name], capture_output=True, text=True, check=True).stdout) for name in SYSTEMS}
+    memory = {name: alone("--memory", name) for name in SYSTEMS}
     image, nets, times = torch.rand(FRAME, device=DEVICE), {name: load(name) for name in SYSTEMS}, {name: [] for name in SYSTEMS}
     for k in range(rounds + 2):  # two to warm up
         for name in random.Random(k).sample(list(nets), len(nets)):
             times[name].append(milliseconds(nets[name], image))
-    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}; one frame of {FRAME[2]}x{FRAME[3]}, {rounds} rounds\n")
+    print(f"{where()}; one frame of {FRAME[2]}x{FRAME[3]}, {rounds} rounds\n")
     print(f"{'system':15}{'parameters':>12}{'GFLOP':>8}{'ms':>9}{'quartiles':>20}{'frames/s':>10}{'MB':>7}")
     for name, net in nets.items():
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -81,18 +102,281 @@ def table(rounds):
         )
 
 
+# ---------------------------------------------------------------- what makes it fast
+
+
+def compare(forms, rounds, warm=3):
+    """Time the forms {name: call} in shuffled rounds; print a row each, with its ratio to the first."""
+    times = {name: [] for name in forms}
+    for call in forms.values():
+        for _ in range(warm):
+            call()
+    began, used, faults = time.perf_counter(), time.process_time(), page_faults()
+    for k in range(rounds):
+        for name in random.Random(k).sample(list(forms), len(forms)):
+            times[name].append(timed(forms[name]))
+    cores = (time.process_time() - used) / (time.perf_counter() - began)
+    print(f"{'':34}{'ms':>9}{'quartiles':>20}{'times faster':>14}")
+    plain = next(iter(times.values()))
+    for name, ms in times.items():
+        low, mid, high = statistics.quantiles(ms, n=4)
+        ratio = statistics.median(a / b for a, b in zip(plain, ms))
+        print(f"{name:34}{mid:9.1f}{f'{low:.1f} to {high:.1f}':>20}{ratio:14.2f}")
+    print(f"{rounds} rounds, {cores:.2f} cores busy, {(page_faults() - faults) / rounds / len(forms):.0f} page faults a call\n")
+    return {name: statistics.median(ms) for name, ms in times.items()}
+
+
+def page_faults():
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def plain_dru():
+    torch.manual_seed(0)
+    return RecurrentUNet().to(DEVICE)
+
+
+def half(call):
+    def run():
+        with autocast(DEVICE):
+            call()
+
+    return run
+
+
+def inference_forms(image, official):
+    """{name: call} of DRU(4) with the same weights, and of the official models with their own."""
+    plain = plain_dru().eval()
+    last = plain_dru().eval().to(memory_format=torch.channels_last)
+    forms = {"plain": lambda: plain(image), "plain, again": lambda: plain(image)}
+    if DEVICE.type == "cuda":
+        fused = fuse(plain_dru().eval())
+        replayed, compiled = Replayed(fused), torch.compile(plain_dru().eval(), mode="reduce-overhead")
+        forms |= {"fused": lambda: fused(image), "fused, replayed": lambda: replayed(image)}
+        forms |= {"torch.compile, reduce-overhead": lambda: [s.clone() for s in compiled(image)]}
+        forms |= {f"{name}, bf16": half(call) for name, call in forms.items() if name in ("plain", "fused, replayed")}
+    else:
+        forms["channels last"] = lambda: last(image)
+        if shutil.which("g++") or shutil.which("clang++"):
+            compiled = torch.compile(plain_dru().eval())
+            forms["torch.compile"] = lambda: compiled(image)
+        forms |= other_runtimes(plain, image)
+    for name, net in official_nets(official).items() if official else ():
+        forms[f"official {name}"] = lambda net=net: net(image)
+    return forms
+
+
+class Last(torch.nn.Module):
+    """The logits of the last pass alone."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image):
+        return self.net(image)[-1]
+
+
+def other_runtimes(net, image):
+    """ONNX Runtime and OpenVINO, where they are installed, on this very size."""
+    forms, threads = {}, torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "dru.onnx")
+        try:
+            import onnxruntime
+
+            to_onnx(Last(net), image, path)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it slows down whoever comes next
+            session = onnxruntime.InferenceSession(path, options)
+            forms["ONNX Runtime"] = lambda: [torch.from_numpy(s) for s in session.run(None, {"image": image.numpy()})]
+        except ImportError:
+            print("ONNX Runtime is not installed (pip install onnx onnxruntime)")
+        try:
+            import openvino
+
+            run = openvino.compile_model(openvino.convert_model(Last(net), example_input=image), "CPU", {"INFERENCE_NUM_THREADS": threads})
+            forms["OpenVINO"] = lambda: [torch.from_numpy(s) for s in run([image.numpy()]).values()]
+        except ImportError:
+            print("OpenVINO is not installed (pip install openvino)")
+    return forms
+
+
+def official_nets(path):
+    """The models of a checkout of github.com/kcyu2014/recurrent-unet, imported from there, past packages that they do not need."""
+    root = Path(path) / "ptsemseg"
+    if not (root / "models/recurrent_unet.py").exists():
+        raise ValueError(f"{path}: holds no ptsemseg/models/recurrent_unet.py; wanted a checkout of github.com/kcyu2014/recurrent-unet")
+    for name, folder in ("ptsemseg", root), ("ptsemseg.models", root / "models"):  # in place of __init__.py, which imports everything
+        sys.modules[name] = package = types.ModuleType(name)
+        package.__path__ = [str(folder)]
+    sys.modules.setdefault("IPython", types.ModuleType("IPython"))
+    recurrent, dru = (importlib.import_module(f"ptsemseg.models.{name}") for name in ("recurrent_unet", "dru"))
+    args = argparse.Namespace(device=DEVICE, initial=1, steps=3, hidden_size=32, gate=3, structure="ours", recurrent_level=-1,
+                              unet_level=4, feature_scale=4)  # fmt: skip
+    runet = recurrent.GeneralRecurrentUnet(args, n_classes=2).to(DEVICE).eval()
+    plain = dru.dru(args, n_classes=2, hidden_size=128, feature_scale=4).to(DEVICE).eval()
+
+    def run_dru(image):
+        h = torch.ones(len(image), 128, *(n // 16 for n in image.shape[2:]), device=DEVICE)
+        return plain(image, h, torch.ones(len(image), 2, *image.shape[2:], device=DEVICE))
+
+    return {"runet": runet, "dru": run_dru}
+
+
+def in_both_states(cases, rounds):
+    """Compare the forms of every case {title: forms}, with memory as the C library handles it, and then as fast.keep_memory asks."""
+    medians = {}
+    for state in ("as the C library handles it", "kept, as fast.keep_memory asks") if DEVICE.type == "cpu" else ("on the GPU",):
+        if "kept" in state:
+            keep_memory()  # which cannot be taken back
+        for title, forms in cases.items():
+            print(f"{where()}; {title}; memory {state}")
+            medians[title, "kept" in state] = compare(forms, rounds)
+    for title in cases if DEVICE.type == "cpu" else ():
+        found, held = medians[title, False], medians[title, True]
+        print(f"{title}: as the scripts run it {found['plain'] / held['channels last']:.2f} times faster than plain with memory as found")
+
+
+@torch.inference_mode()
+def infer(rounds, official):
+    cases = {}
+    for size in (230, 306), (240, 320):
+        torch.manual_seed(0)
+        image = torch.rand(1, 3, *size, device=DEVICE)
+        title, forms = f"one frame of {size[0]}x{size[1]}, three passes", inference_forms(image, official)
+        cases[title] = forms
+        want = forms["plain"]()[-1]
+        for name, call in forms.items():
+            if "plain" in name or "official" in name or "bf16" in name:
+                continue
+            s = call()[-1].to(DEVICE)
+            tie = want.topk(2, 1).values.diff(dim=1)[:, 0].abs() < 2e-4
+            flipped = ((s.argmax(1) != want.argmax(1)) & ~tie).sum()
+            print(f"{title}, {name}: logits differ by at most {(s - want).abs().max():.1e}; {flipped} pixels change class")
+    print()
+    in_both_states(cases, rounds)
+
+
+# ---------------------------------------------------------------- training
+
+BATCH = 8, 3, 240, 320
+TRAINING = {  # form: the network as it is trained
+    "plain": lambda: plain_dru(),
+    "plain, again": lambda: plain_dru(),
+    "channels last": lambda: plain_dru().to(memory_format=torch.channels_last),
+    "channels last, recomputed": lambda: Recomputed(plain_dru().to(memory_format=torch.channels_last)),
+}
+if DEVICE.type == "cuda":
+    TRAINING["fused"] = lambda: fuse(plain_dru())
+    TRAINING["fused, recomputed"] = lambda: Recomputed(fuse(plain_dru()))
+
+
+def training_step(form):
+    torch.manual_seed(0)
+    net, image, truth = TRAINING[form](), torch.rand(BATCH, device=DEVICE), torch.randint(2, (BATCH[0], *BATCH[2:]), device=DEVICE)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3)
+
+    def step():
+        with autocast(DEVICE):
+            masks = net(image, 3)
+        loss = recurrent_loss([s.float() for s in masks], truth, 0.4)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def training_memory(form):
+    """MB that two steps add at their highest."""
+    if DEVICE.type == "cuda":
+        step = training_step(form)
+        step(), step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    before = high_water()
+    step = training_step(form)
+    step(), step()
+    return high_water() - before
+
+
+def train_steps(rounds):
+    in_both_states({f"a training step of {BATCH[0]} photos of {BATCH[2]}x{BATCH[3]}": {form: training_step(form) for form in TRAINING}}, rounds)
+    most = {form: alone("--training-memory", form) for form in TRAINING if form != "plain, again"}
+    for form, megabytes in most.items():
+        print(f"{form}: {megabytes:.0f} MB at most, {megabytes / most['plain']:.0%} of plain")
+
+
+# ---------------------------------------------------------------- how it grows
+
+GROW = {"passes": (1, 2, 3, 4, 6, 8), "side": (128, 192, 256, 384, 512, 768, 1024), "batch": (1, 2, 4, 8, 16, 32)}
+
+
+@torch.inference_mode()
+def point(passes, side, batch):
+    """Milliseconds and MB of one call, as predict.py runs it."""
+    before = high_water()
+    net, image = on(DEVICE, plain_dru().eval()), torch.rand(batch, 3, side, side, device=DEVICE)
+    times = [timed(lambda: net(image, passes)) for _ in range(7)]
+    used = torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else high_water() - before
+    return statistics.median(times[2:]), used
+
+
+def grow(path):
+    """One axis at a time, from 3 passes over one photo of 256x256; every point in a process of its own, for its memory's sake."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["axis", "value", "ms", "MB", "where"])
+        for axis, values in GROW.items():
+            for value in values:
+                at = {"passes": 3, "side": 256, "batch": 1} | {axis: value}
+                ms, megabytes = alone("--point", *map(str, at.values()))
+                rows.writerow([axis, value, f"{ms:.1f}", f"{megabytes:.0f}", where()])
+                print(f"{axis} {value}: {ms:.1f} ms, {megabytes:.0f} MB", flush=True)
+
+
+def alone(*flags):
+    """What this script prints with these flags, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
+    numbers = [float(word) for word in done.stdout.split()]
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--table", action="store_true", help="what every system costs")
-    cli.add_argument("--rounds", type=int, default=9, help="timed frames of each system")
+    cli.add_argument("--infer", action="store_true", help="ways to run DRU(4)")
+    cli.add_argument("--train", action="store_true", help="ways to train DRU(4)")
+    cli.add_argument("--grow", type=Path, metavar="CSV", help="how time and memory grow")
+    cli.add_argument("--official", metavar="PATH", help="a checkout of the official code, to be timed by --infer")
+    cli.add_argument("--rounds", type=int, default=9, help="timed calls of each form")
     cli.add_argument("--memory", choices=list(SYSTEMS), help="the peak memory of one system alone, in MB")
+    cli.add_argument("--training-memory", choices=list(TRAINING), help="the peak memory of a training step alone, in MB")
+    cli.add_argument("--point", type=int, nargs=3, metavar=("PASSES", "SIDE", "BATCH"), help="ms and MB of one call alone")
     args = cli.parse_args()
-    if args.memory:
-        print(peak_memory(args.memory))
-    elif args.table:
-        table(args.rounds)
-    else:
-        cli.error("say what to measure: --table")
+    try:
+        if args.memory:
+            print(peak_memory(args.memory))
+        elif args.training_memory:
+            print(training_memory(args.training_memory))
+        elif args.point:
+            print(*point(*args.point))
+        elif args.table:
+            table(args.rounds)
+        elif args.infer:
+            infer(args.rounds, args.official)
+        elif args.train:
+            train_steps(args.rounds)
+        elif args.grow:
+            grow(args.grow)
+        else:
+            cli.error("say what to measure: --table, --infer, --train or --grow CSV")
+    except ValueError as error:
+        sys.exit(f"bench.py: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The gates of rurnet.py as fused Triton kernels: the same functions and gradients for a quarter to three fifths of the traffic.
+"""The gates and norms of rurnet.py as fused Triton kernels: the same functions and gradients for a quarter to two thirds of the traffic.
 
     from gates_triton import fuse
     net = fuse(RecurrentUNet())            # in place; on a CPU it computes what it did before
@@ -16,6 +16,9 @@ times faster. PASSES has every such count; `python gates_triton.py` measures, on
 
 The backward pass reads the inputs and computes z and c once more. To save them instead would cost two more writes on the
 way forward, 6 passes in place of 4; to recompute them costs operations, which are free.
+
+The gates are few, and at level 4 small. What a GPU waits for in this network, besides the convolutions, is the group norm and
+ReLU after each of them: these are one kernel too, after a first one that sums up. See FusedNorm.
 
 CPU tensors take the plain expression, and so does every tensor where triton is not installed, and all that is traced:
 torch.compile fuses the plain gate itself, and with its neighbours too, which a ready-made kernel would forbid; a model
@@ -40,12 +43,15 @@ except ImportError:  # macOS, Windows
 # TRITON_INTERPRET=1, set before triton is imported, runs kernels in numpy, line by line: how a CPU tests them
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024  # elements a program: 8 a thread, so a thread asks for one or two 16-byte pieces of each input at once
+SPAN = 4096  # elements that a program sums up
 
 PASSES = {  # memory passes: fused, eager, and with torch.lerp(c, h, z) for eq. (5). The tests count them.
     ("update", "forward"): (4, 15, 8),
     ("update", "backward"): (7, 23, 22),
     ("reset", "forward"): (3, 5, None),
     ("reset", "backward"): (5, 9, None),
+    ("norm", "forward"): (3, 5, None),  # group norm and ReLU. Mean and variance come first, so x is read twice either way
+    ("norm", "backward"): (5, 8, None),
 }
 
 
@@ -169,6 +175,151 @@ def plain_reset(e, a_r):
     return torch.sigmoid(a_r) * e
 
 
+# ---------------------------------------------------------------- group norm and ReLU: max(0, (x - mean) * rstd * w + b)
+
+
+@jit
+def _moments(mean_ptr, m2_ptr, row, M, SPLITS: tl.constexpr, SPAN: tl.constexpr, EPS: tl.constexpr):
+    """Mean and 1 / standard deviation of a group from those of its parts: a few hundred numbers, from the cache."""
+    k = tl.arange(0, SPLITS)
+    n = tl.minimum(tl.maximum(M - k * SPAN, 0), SPAN)  # elements in part k
+    here = n > 0
+    at = row * tl.cdiv(M, SPAN) + k
+    part, m2 = tl.load(mean_ptr + at, here, 0.0), tl.load(m2_ptr + at, here, 0.0)
+    n = n.to(part.dtype)
+    mean = tl.sum(n * part) / M
+    var = tl.sum(m2 + n * (part - mean) * (part - mean)) / M
+    return mean, 1 / tl.sqrt(var + EPS)
+
+
+@jit
+def _norm_sums(x_ptr, mean_ptr, m2_ptr, M, SPAN: tl.constexpr):
+    """Mean and sum of squared distances from it, of one part of a group. About its own mean, so nothing cancels."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    i = part * SPAN + tl.arange(0, SPAN)
+    x = _load(x_ptr + row.to(tl.int64) * M, i, i < M)
+    x = tl.where(i < M, x, 0.0)
+    mean = tl.sum(x) / tl.minimum(M - part * SPAN, SPAN)
+    d = tl.where(i < M, x - mean, 0.0)
+    at = row * tl.cdiv(M, SPAN) + part
+    tl.store(mean_ptr + at, mean)
+    tl.store(m2_ptr + at, tl.sum(d * d))
+
+
+@jit
+def _norm_fwd(
+    x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, out_ptr, groups, width, HW, M,
+    RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)  # a sample's group
+    mean, rstd = _moments(mean_ptr, m2_ptr, row, M, SPLITS, SPAN, EPS)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    c = row % groups * width + i // HW
+    w, b = _load(w_ptr, c, i < M), _load(b_ptr, c, i < M)
+    start = row.to(tl.int64) * M
+    y = (_load(x_ptr + start, i, i < M) - mean) * rstd * w + b
+    if RELU:
+        y = tl.where(y < 0, 0.0, y)  # and NaN stays NaN
+    tl.store(out_ptr + start + i, y, i < M)
+
+
+@jit
+def _norm_bwd_sums(
+    g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr, groups, width, HW, M,
+    RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Of one part of one channel: the sums of g and of g * xhat, where g has passed the ReLU and xhat = (x - mean) * rstd."""
+    channel, part = tl.program_id(0), tl.program_id(1)
+    mean, rstd = _moments(mean_ptr, m2_ptr, channel // width, M, SPLITS, SPAN, EPS)
+    i = part * SPAN + tl.arange(0, SPAN)
+    start, c = channel.to(tl.int64) * HW, channel % (groups * width)
+    xhat = tl.where(i < HW, (_load(x_ptr + start, i, i < HW) - mean) * rstd, 0.0)
+    g = tl.where(i < HW, _load(g_ptr + start, i, i < HW), 0.0)
+    if RELU:
+        g = tl.where(xhat * _load(w_ptr, c, None) + _load(b_ptr, c, None) <= 0, 0.0, g)
+    at = channel * tl.cdiv(HW, SPAN) + part
+    tl.store(db_ptr + at, tl.sum(g))
+    tl.store(dw_ptr + at, tl.sum(g * xhat))
+
+
+@jit
+def _norm_bwd(
+    g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr, dx_ptr, groups, width, HW, M,
+    RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd * (w g - mean(w g) - xhat * mean(w g xhat)), the means over the group."""
+    row = tl.program_id(0)
+    mean, rstd = _moments(mean_ptr, m2_ptr, row, M, SPLITS, SPAN, EPS)
+    first = row % groups * width
+    k, parts = tl.arange(0, PARTS), tl.cdiv(HW, SPAN)
+    here, at = k < width * parts, row * width * parts + k
+    w = _load(w_ptr, first + k // parts, here)
+    wg = tl.sum(tl.where(here, w * tl.load(db_ptr + at, here, 0.0), 0.0)) / M
+    wgx = tl.sum(tl.where(here, w * tl.load(dw_ptr + at, here, 0.0), 0.0)) / M
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    c, start = first + i // HW, row.to(tl.int64) * M
+    w, b = _load(w_ptr, c, i < M), _load(b_ptr, c, i < M)
+    xhat = (_load(x_ptr + start, i, i < M) - mean) * rstd
+    g = _load(g_ptr + start, i, i < M)
+    if RELU:
+        g = tl.where(xhat * w + b <= 0, 0.0, g)
+    tl.store(dx_ptr + start + i, rstd * (w * g - wg - xhat * wgx), i < M)
+
+
+class FusedNorm(torch.nn.GroupNorm):
+    """nn.GroupNorm, followed by a ReLU if `relu`: (B, C, H, W) -> the same. Same parameters, names and gradients.
+
+    PyTorch reads x twice and writes y, then the ReLU reads and writes y: 5 memory passes, and 8 backward. Here it is 3 and 5. Eight
+    groups of one photo would keep eight programs of a GPU's hundreds busy: so each group is cut into parts of SPAN elements.
+    """
+
+    def __init__(self, norm, relu):
+        super().__init__(norm.num_groups, norm.num_channels, norm.eps)
+        self.weight, self.bias, self.relu = norm.weight, norm.bias, relu
+
+    def forward(self, x):
+        if _runs_triton(x):
+            if x.shape[1] != self.num_channels or x.device != self.weight.device:
+                raise ValueError(f"the norm has {self.num_channels} channels on {self.weight.device}, and got {tuple(x.shape)} on {x.device}")
+            return _Norm.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.relu)
+        y = super().forward(x)
+        return y.relu_() if self.relu else y  # its own result, so nobody misses it
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, groups, eps, relu):
+        x = x.contiguous()
+        width, HW = x.shape[1] // groups, x.shape[2:].numel()
+        M, rows = width * HW, len(x) * groups
+        splits = triton.cdiv(M, SPAN)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        mean, m2 = torch.empty(2, rows, splits, dtype=precise, device=x.device)
+        out = torch.empty_like(x)
+        ctx.shape, ctx.how = (groups, width, HW, M), dict(RELU=relu, EPS=eps, SPLITS=triton.next_power_of_2(splits), SPAN=SPAN)
+        _launch_grid(_norm_sums, (rows, splits), x, mean, m2, M, SPAN=SPAN)
+        _launch_grid(_norm_fwd, (rows, triton.cdiv(M, BLOCK)), x, w, b, mean, m2, out, *ctx.shape, BLOCK=BLOCK, **ctx.how)
+        ctx.save_for_backward(x, w, b, mean, m2)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the fused norm can be differentiated once; for second derivatives use torch.nn.GroupNorm")
+        x, w, b, mean, m2 = ctx.saved_tensors
+        g, (groups, width, HW, M) = g.contiguous(), ctx.shape
+        rows, parts = len(x) * groups, triton.cdiv(HW, SPAN)
+        sums = torch.empty(2, len(x), groups * width, parts, dtype=mean.dtype, device=x.device)
+        args = g, x, w, b, mean, m2, *sums
+        _launch_grid(_norm_bwd_sums, (rows * width, parts), *args, *ctx.shape, **ctx.how)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx, most = torch.empty_like(x), triton.next_power_of_2(width * parts)
+            _launch_grid(_norm_bwd, (rows, triton.cdiv(M, BLOCK)), *args, dx, *ctx.shape, PARTS=most, BLOCK=BLOCK, **ctx.how)
+        db, dw = sums.sum((1, 3)).to(w.dtype)
+        return dx, dw, db, None, None, None
+
+
 # ---------------------------------------------------------------- from tensors to kernels
 
 
@@ -196,9 +347,13 @@ class _Fused(torch.autograd.Function):
 
 def _launch(kernel, x, *others):
     n = x.numel()
-    if n:  # or there is nothing to launch
+    _launch_grid(kernel, (triton.cdiv(n, BLOCK),), x, *others, n, BLOCK=BLOCK)
+
+
+def _launch_grid(kernel, grid, x, *others, **constants):
+    if 0 not in grid:  # or there is nothing to launch
         with torch.cuda.device(x.get_device()):  # Triton launches on the current GPU; -1, the CPU's, changes nothing
-            kernel[(triton.cdiv(n, BLOCK),)](x, *others, n, BLOCK=BLOCK)
+            kernel[grid](x, *others, **constants)
 
 
 def _lay_out(*tensors):
@@ -246,7 +401,14 @@ def _runs_triton(x):
 
 
 def fuse(model):
-    """Swap the fused gates into every unit of the model, in place. Returns the model."""
+    """Swap the fused gates and norms into every unit and Sequential of the model, in place. Returns the model."""
+    for layers in [m for m in model.modules() if isinstance(m, torch.nn.Sequential)]:
+        for i, norm in enumerate(layers):
+            if type(norm) is torch.nn.GroupNorm:
+                relu = i + 1 < len(layers) and isinstance(layers[i + 1], torch.nn.ReLU)
+                layers[i] = FusedNorm(norm, relu)
+                if relu:
+                    layers[i + 1] = torch.nn.Identity()  # the others keep their places, and their names in a checkpoint
     fused = {"gated_update": fused_update, "gated_reset": fused_reset}
     for unit in model.modules():
         for name in "update", "reset":
@@ -285,10 +447,10 @@ def _measure(dtype, megabytes):
     """Print a row for each gate and direction, for tensors of that size."""
     sets = max(2, 512 // megabytes)  # of inputs, taken in turn: 1 GB and more pass before one returns, past any cache
 
-    def tensors(count, grad=False):
+    def tensors(count, grad=False, shapes=()):
         n = megabytes * 2**20 // dtype.itemsize
-        new = functools.partial(torch.randn, n, dtype=dtype, device="cuda", requires_grad=grad)
-        return [[new() for _ in range(count)] for _ in range(sets)]
+        new = functools.partial(torch.randn, dtype=dtype, device="cuda", requires_grad=grad)
+        return [[new(shape) for shape in shapes or [n] * count] for _ in range(sets)]
 
     def gradients(out, xs, g):
         return torch.autograd.grad(out, xs, g, retain_graph=True)
@@ -296,8 +458,12 @@ def _measure(dtype, megabytes):
     one_pass = _microseconds([x.clone for (x,) in tensors(1)]) / 2  # at the speed of a copy
     updates = fused_update, plain_update, torch.compile(plain_update, dynamic=False), _lerp_update
     resets = fused_reset, plain_reset, torch.compile(plain_reset, dynamic=False)
-    for gate, count, forms in ("update", 3, updates), ("reset", 2, resets):
-        inputs, gs, times = tensors(count, grad=True), tensors(1), {"forward": [], "backward": []}
+    plain_norm = lambda x, w, b: torch.nn.functional.group_norm(x, 2, w, b).relu_()
+    norms = (lambda x, w, b: _Norm.apply(x, w, b, 2, 1e-5, True)), plain_norm, torch.compile(plain_norm, dynamic=False)
+    photos = 8, 8, megabytes * 2**20 // dtype.itemsize // 64
+    for gate, count, forms, *shapes in ("update", 3, updates), ("reset", 2, resets), ("norm", 3, norms, photos, 8, 8):
+        inputs, times = tensors(count, grad=True, shapes=shapes), {"forward": [], "backward": []}
+        gs = tensors(1, shapes=shapes[:1])
         for form in forms:
             with torch.no_grad():
                 times["forward"].append(_microseconds([functools.partial(form, *xs) for xs in inputs]))

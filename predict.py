@@ -2,6 +2,7 @@
 
     python predict.py runs/hands/best.pt photo.jpg folder/ --out masks/
     python predict.py runs/hands/best.pt frames/ --frames --out masks/    one pass a frame, the state carried along
+    python predict.py runs/hands/best.pt --export dru.onnx                the network as an ONNX file, for any size of photo
 
 Writes NAME.png (0 and 255, or class ids) at the photo's own size, and NAME_overlay.jpg to look at.
 """
@@ -9,6 +10,7 @@ Writes NAME.png (0 and 255, or class ids) at the photo's own size, and NAME_over
 import argparse
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,10 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import normalise, read_photo
+from data import MEAN, STD, normalise, read_photo
+from fast import Replayed
 from layouts import ENDINGS
-from scoring import autocast, segment, to_photo, to_size
+from scoring import autocast, look, segment, to_photo, to_size
 from train import load_net
 
 COLOURS = np.uint8([(0, 0, 0), (0, 200, 160), (255, 120, 60), (90, 120, 255), (255, 210, 60), (220, 80, 200), (120, 210, 60)])
@@ -80,6 +83,8 @@ def mask_all(args):
         raise ValueError(f"{min(clash)}: is an input and would be overwritten; name another folder with --out")
     args.out.mkdir(parents=True, exist_ok=True)
 
+    step = lambda frame, mask, h: net.step(frame, (mask, h))
+    run, step = (Replayed(net), Replayed(step)) if device.type == "cuda" else (net, step)
     state, failed = None, 0
     for path, (mask_path, overlay_path) in zip(tqdm(inputs, disable=None), outputs):
         try:
@@ -92,10 +97,10 @@ def mask_all(args):
                 if state is None or state[0].shape[2:] != frame.shape[2:]:
                     state = net.start(frame)
                 with autocast(device):
-                    s, state = net.step(frame, state)
+                    s, state = step(frame, *state)
                 mask = to_photo(s, image.shape[1:]).argmax(0).numpy()
             else:
-                mask = segment(net, image, config)[-1].argmax(0).numpy()
+                mask = segment(run, image, config)[-1].argmax(0).numpy()
         except (ValueError, MemoryError, RuntimeError) as error:  # RuntimeError is how torch says that memory is short
             told = error if isinstance(error, ValueError) else f"{path}: {(str(error).splitlines() or ['out of memory'])[0]}"
             tqdm.write(f"predict.py: {told}", file=sys.stderr)
@@ -110,14 +115,68 @@ def mask_all(args):
     return failed
 
 
+# ---------------------------------------------------------------- export
+
+
+class Exported(torch.nn.Module):
+    """RGB from 0 to 1 (B, 3, h, w), at the working size -> the logits (B, K, h, w) of the last pass."""
+
+    def __init__(self, net, c):
+        super().__init__()
+        self.net, self.c = net, c
+        self.register_buffer("mean", torch.from_numpy(MEAN)[:, None, None])
+        self.register_buffer("std", torch.from_numpy(STD)[:, None, None])
+
+    def forward(self, image):
+        return look(self.net, (image - self.mean) / self.std, self.c)[-1]
+
+
+def to_onnx(net, image, path):
+    """Any batch, height and width. The newer exporter (dynamo=True) would fix which poolings meet an odd size, and with it the sizes."""
+    sizes = {name: {0: "batch", 2: "height", 3: "width"} for name in ("image", "logits")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rurnet's checks, which are left behind, and that this exporter is the older one
+        torch.onnx.export(net, (image,), path, dynamo=False, opset_version=18, input_names=["image"], output_names=["logits"], dynamic_axes=sizes)
+
+
+@torch.no_grad()
+def export(checkpoint, path):
+    """Write the network as ONNX, once ONNX Runtime has given the same logits for photos of sizes that it has not seen."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+    except ImportError:
+        raise ValueError("--export needs two more packages: pip install onnx onnxruntime") from None
+    net, config, _ = load_net(checkpoint, torch.device("cpu"))
+    net, part = Exported(net, config), path.with_name(path.name + ".part")
+    to_onnx(net, torch.rand(1, 3, 97, 131), part)
+    session, off = onnxruntime.InferenceSession(part), 0.0
+    for shape in (1, 3, 96, 128), (2, 3, 59, 102):
+        image = torch.rand(shape)
+        got, want = torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), net(image)
+        off = max(off, (got - want).abs().max().item() / (1 + want.abs().max().item()))
+    if not off < 1e-3:
+        part.unlink()
+        raise ValueError(f"{path}: not written, as ONNX Runtime's logits differ from PyTorch's by {off:.1e} of the largest")
+    part.replace(path)
+    print(f"{path}: image, RGB from 0 to 1 (B, 3, h, w), short side {config.size} -> logits (B, K, h, w); within {off:.0e} of PyTorch's")
+
+
+# ---------------------------------------------------------------- the command line
+
+
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("checkpoint", type=Path)
-    cli.add_argument("inputs", type=Path, nargs="+", help="photos and folders of photos")
+    cli.add_argument("inputs", type=Path, nargs="*", help="photos and folders of photos")
     cli.add_argument("--out", type=Path, default=Path("masks"), help="folder for the masks")
     cli.add_argument("--frames", action="store_true", help="the inputs are one video, in order of name")
+    cli.add_argument("--export", type=Path, metavar="FILE", help="write the network as ONNX; no photos then")
+    args = cli.parse_args()
+    if bool(args.inputs) == bool(args.export):
+        cli.error("name photos or folders, or --export FILE, and not both")
     try:
-        status = mask_all(cli.parse_args()) > 0
+        status = export(args.checkpoint, args.export) if args.export else mask_all(args) > 0
     except (ValueError, OSError) as error:  # OSError: a folder that may not be read or written
         status = f"predict.py: {error}"
     except KeyboardInterrupt:

@@ -50,16 +50,18 @@ def gated_reset(e, a_r):
 
 # ---------------------------------------------------------------- the U-Net
 
+ReLU = partial(nn.ReLU, inplace=True)  # no gradient misses what it overwrites: group norm's needs its input, ReLU's its own result
+
 
 class DoubleConv(nn.Sequential):
     """(3x3 convolution, group norm, ReLU) twice: (B, c_in, H, W) -> (B, c_out, H, W). `end` replaces the last ReLU."""
 
-    def __init__(self, c_in, c_out, end=nn.ReLU):
+    def __init__(self, c_in, c_out, end=ReLU):
         def group_norm():  # eight groups, or fewer of four channels: a group of one would erase a photo's colour
             return nn.GroupNorm(gcd(c_out, min(8, max(1, c_out // 4))), c_out)
 
         super().__init__(
-            nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), group_norm(), nn.ReLU(),
+            nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), group_norm(), ReLU(),
             nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), group_norm(), end(),
         )  # fmt: skip
 
@@ -67,7 +69,7 @@ class DoubleConv(nn.Sequential):
 class Up(nn.Module):
     """Double the resolution and join the skip connection: (B, c_in, h, w), (B, c_skip, H, W) -> (B, c_out, H, W)."""
 
-    def __init__(self, c_in, c_skip, c_out, end=nn.ReLU):
+    def __init__(self, c_in, c_skip, c_out, end=ReLU):
         super().__init__()
         self.up = nn.ConvTranspose2d(c_in, c_skip, 2, stride=2)
         self.conv = DoubleConv(2 * c_skip, c_out, end)
@@ -84,14 +86,14 @@ class UNet(nn.Module):
     on the architecture of what they replace. `middle` stands between encoder and decoder in place of the lowest DoubleConv.
     """
 
-    def __init__(self, c_in, widths=(8, 16, 32, 64, 128), c_out=None, end=nn.ReLU, middle=None):
+    def __init__(self, c_in, widths=(8, 16, 32, 64, 128), c_out=None, end=ReLU, middle=None):
         super().__init__()
         c_out, top = c_out or widths[0], len(widths) - 1
         ins = [c_in, *widths[:-1]]
         self.down = nn.ModuleList(DoubleConv(ins[i], widths[i]) for i in range(top))
         self.middle = middle or (DoubleConv(ins[top], widths[top]) if top else DoubleConv(c_in, c_out, end))
         self.up = nn.ModuleList(
-            Up(widths[i + 1], widths[i], widths[i] if i else c_out, nn.ReLU if i else end) for i in reversed(range(top))
+            Up(widths[i + 1], widths[i], widths[i] if i else c_out, ReLU if i else end) for i in reversed(range(top))
         )
 
     def encode(self, x):
@@ -200,7 +202,7 @@ class RecurrentUNet(nn.Module):
         check_image(image, self)
         (b, _, *size), dtype = image.shape, self.head.weight.dtype
         mask = torch.zeros(b, self.classes, *size, dtype=dtype, device=image.device)
-        h = torch.zeros(b, self.hidden, *(-(-n // 2**self.level) for n in size), dtype=dtype, device=image.device)
+        h = torch.zeros(b, self.hidden, *((n + 2**self.level - 1) // 2**self.level for n in size), dtype=dtype, device=image.device)
         return mask, h
 
     def step(self, image, state):

@@ -39,13 +39,18 @@ def to_photo(s, shape):
 @torch.no_grad()
 def segment(net, image, c):
     """Image (3, H, W) of any size -> the probabilities (K, H, W) after every pass."""
-    small = to_size(image, c.size)
     with autocast(image.device):
-        masks = net(small, c.passes)
-        if c.views == 2:
-            mirrored = net(small.flip(-1), c.passes)
-            masks = [torch.logaddexp(s.log_softmax(1), m.log_softmax(1).flip(-1)) for s, m in zip(masks, mirrored)]
+        masks = look(net, to_size(image, c.size), c)
     return [to_photo(s, image.shape[-2:]) for s in masks]
+
+
+def look(net, small, c):
+    """The logits of every pass, averaged over the image and its mirror image if the Config says so."""
+    masks = net(small, c.passes)
+    if c.views == 1:
+        return masks
+    mirrored = net(small.flip(-1), c.passes)
+    return [torch.logaddexp(s.log_softmax(1), m.log_softmax(1).flip(-1)) for s, m in zip(masks, mirrored)]
 
 
 # ---------------------------------------------------------------- scores

@@ -35,6 +35,7 @@ if not torch.cuda.is_available():
 import baselines
 import bench
 import data
+import fast
 import figures
 import gates_triton
 import layouts
@@ -43,7 +44,7 @@ import runs
 import scoring
 import train
 from data import open_dataset, read_photo, survey
-from gates_triton import PASSES, fuse, fused_reset, fused_update
+from gates_triton import PASSES, FusedNorm, fuse, fused_reset, fused_update
 from rurnet import DRU, SRU, PlainUNet, RecurrentUNet, UNet, gated_reset, gated_update
 from toy import draw_hand_photo
 
@@ -455,7 +456,8 @@ class Counter(TorchDispatchMode):
         if func is torch.ops.aten.fill_.Scalar:
             self.elements += out.numel()  # written, not read
         elif not func.is_view and func is not torch.ops.aten.empty_like.default:
-            self.elements += sum(x.numel() for x in (*args, out) if isinstance(x, torch.Tensor))
+            results = out if isinstance(out, tuple) else (out,)
+            self.elements += sum(x.numel() for x in (*args, *results) if isinstance(x, torch.Tensor))
         return out
 
 
@@ -473,6 +475,19 @@ def test_memory_passes_of_eager_pytorch_are_as_the_table_says(gate):
                 torch.autograd.grad(out, inputs, g)
             assert forward.elements == 100 * PASSES[gate, "forward"][column]
             assert backward.elements == 100 * PASSES[gate, "backward"][column]
+
+
+def test_memory_passes_of_the_eager_norm_are_as_the_table_says():
+    """PyTorch's norm is one operator, whose inputs count once here; but it needs the mean before the first result."""
+    x, w = torch.randn(100, 8, 16, 16, requires_grad=True), torch.ones(8)
+    with Counter() as forward:
+        y = F.group_norm(x, 2, w, w).relu_()
+    g = torch.ones_like(y)
+    with Counter() as backward:
+        torch.autograd.grad(y, x, g)
+    again = {"forward": 1, "backward": 2}  # x; g and x
+    for way, counter in ("forward", forward), ("backward", backward):
+        assert round(counter.elements / x.numel()) + again[way] == PASSES["norm", way][1]
 
 
 @needs_triton
@@ -495,6 +510,83 @@ def test_a_gradient_that_nobody_needs_gets_no_memory(gate, monkeypatch):
         if any(needed):
             fused(*(torch.randn(5, device=DEVICE, requires_grad=need) for need in needed)).sum().backward()
             assert [x is not None for x in launched[-1][-len(names):]] == list(needed)
+
+
+NORMS = st.tuples(st.integers(0, 3), st.sampled_from([1, 2, 4]), st.integers(1, 5), st.integers(1, 12), st.integers(1, 17))
+
+
+def check_norm(x, g, norm, relu, rtol):
+    """FusedNorm against PyTorch's own group norm, in float64: result and gradients."""
+    exact = [v.detach().double().requires_grad_() for v in (x, norm.weight, norm.bias)]
+    want = torch.group_norm(exact[0], norm.num_groups, *exact[1:], norm.eps)  # F.group_norm refuses a group of one
+    inside = want.abs() > 1e-2 if relu else torch.ones_like(want, dtype=torch.bool)  # at the corner of the ReLU rounding decides
+    g = g * inside
+    want = want.relu() if relu else want
+    x = x.detach().requires_grad_()
+    got = FusedNorm(norm, relu)(x)
+    assert got.dtype == x.dtype and got.shape == x.shape
+    grads = torch.autograd.grad(got, [x, norm.weight, norm.bias], g)
+    names = "result", "dx", "dweight", "dbias"
+    for name, a, b in zip(names, (got, *grads), (want, *torch.autograd.grad(want, exact, g.double()))):
+        scale = 1 + (b.abs().max().item() if b.numel() else 0)  # what cancels in a sum is as large as its terms
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=rtol * scale, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@needs_triton
+@law
+@given(shape=NORMS, dtype=st.sampled_from(list(TOLERANCE)), relu=st.booleans(), span=st.sampled_from([16, 64, 4096]),
+       layout=st.sampled_from(["contiguous", "channels_last", "shifted", "chunk"]), seed=seeds)  # fmt: skip
+def test_fused_norm_equals_group_norm_and_relu(shape, dtype, relu, span, layout, seed):
+    b, groups, width, h, w = shape
+    rng = torch.Generator().manual_seed(seed)
+    x, g = (torch.randn(b, groups * width, h, w, generator=rng).to(DEVICE, dtype) for _ in range(2))
+    norm = torch.nn.GroupNorm(groups, groups * width, device=DEVICE, dtype=torch.float64 if dtype == torch.float64 else None)
+    for p in norm.parameters():
+        p.data = torch.randn(p.shape, generator=rng).to(p)
+    if x[0:1].numel() // groups < 4:
+        norm.eps = 0.1  # of two or three nearly equal numbers the standard deviation is a small difference: no tolerance covers it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gates_triton, "SPAN", span)  # many parts of small tensors
+        check_norm(lay(x, layout), g, norm, relu, {torch.float64: 1e-10, torch.float32: 2e-5}.get(dtype, 2e-2))
+
+
+@needs_triton
+def test_fused_norm_sees_what_is_small_beside_its_mean():
+    """Of numbers around 1e4 with a spread of 1 a plain sum of squares keeps nothing: 1e8 has seven digits in float32."""
+    x = torch.randn(2, 8, 40, 33, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 1e4
+    norm = torch.nn.GroupNorm(2, 8, device=DEVICE)
+    want = F.group_norm(x.double(), 2)
+    assert (FusedNorm(norm, False)(x) - want).abs().max() < 1e-3  # x itself is rounded to 1e-3 there
+
+
+@needs_triton
+def test_fused_norm_passes_gradcheck_and_hands_on_nan():
+    norm = torch.nn.GroupNorm(2, 4, dtype=torch.float64, device=DEVICE)
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    for relu in True, False:
+        fused = FusedNorm(norm, relu)
+        assert torch.autograd.gradcheck(lambda x, w, b: fused(x), (x, norm.weight, norm.bias), fast_mode=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(FusedNorm(norm, True)(x).sum(), x, create_graph=True)
+    bad = x.detach().clone()
+    bad[0, 1, 2, 3] = torch.nan
+    assert FusedNorm(norm, True)(bad).isnan().flatten(1).sum(1).tolist() == [30, 0]  # its group, and no other
+    with pytest.raises(ValueError, match=r"4 channels on .*, and got \(2, 6, 3, 5\)"):
+        fused(torch.zeros(2, 6, 3, 5, dtype=torch.float64, device=DEVICE))
+
+
+@needs_triton
+def test_fused_norm_writes_its_elements_and_no_other():
+    groups, width, hw, M = 2, 3, 77, 231
+    full = lambda *shape: torch.full(shape, 7.0, device=DEVICE)
+    x, w, b, m = torch.randn(groups * M + 2048, device=DEVICE), full(6), full(6), (full(groups + 9), full(groups + 9))
+    gates_triton._norm_sums[(groups, 1)](x, *m, M, SPAN=256)
+    sums, out, dx, how = (full(15), full(15)), full(2048), full(2048), dict(RELU=False, EPS=1e-5, SPLITS=1, SPAN=256)
+    gates_triton._norm_fwd[(groups, 1)](x, w, b, *m, out, groups, width, hw, M, BLOCK=512, **how)
+    gates_triton._norm_bwd_sums[(6, 1)](x, x, w, b, *m, *sums, groups, width, hw, M, **how)
+    gates_triton._norm_bwd[(groups, 1)](x, x, w, b, *m, *sums, dx, groups, width, hw, M, PARTS=4, BLOCK=512, **how)
+    for buffer, n in (m[0], groups), (m[1], groups), (out, 2 * M), (sums[0], 6), (sums[1], 6), (dx, 2 * M):
+        assert (buffer[n:] == 7).all() and (buffer[:n] != 7).all()
 
 
 @needs_triton
@@ -524,11 +616,14 @@ def test_a_fused_unit_is_the_unit(unit, layout):
 @pytest.mark.parametrize("unit, level", [("dru", 4), ("sru", 0), ("dru", 2)])
 def test_a_fused_network_is_the_network(unit, level):
     torch.manual_seed(0)
-    plain = RecurrentUNet(unit=unit, level=level).to(DEVICE)
-    fused = RecurrentUNet(unit=unit, level=level).to(DEVICE)
+    plain = RecurrentUNet(unit=unit, level=level, passes=2).to(DEVICE)
+    fused = RecurrentUNet(unit=unit, level=level, passes=2).to(DEVICE)
     fused.load_state_dict(plain.state_dict())
     assert fuse(fused) is fused and fused.unit.update is fused_update and plain.unit.update is gated_update
     assert unit == "sru" or fused.unit.reset is fused_reset
+    norms = [m for m in fused.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {type(m) for m in norms} == {FusedNorm} and sum(m.relu for m in norms) == sum(type(m) is torch.nn.ReLU for m in plain.modules())
+    assert not any(type(m) is torch.nn.ReLU for m in fused.modules()) and fused.state_dict().keys() == plain.state_dict().keys()
     image = torch.randn(1, 3, 18, 21, device=DEVICE)
     for a, b in zip(fused(image), plain(image)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -596,15 +691,21 @@ BUILD = """
     assert not gates.INTERPRETED
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
 
+    constants = dict(BLOCK=gates.BLOCK, SPAN=gates.SPAN, RELU=True, EPS=1e-5, SPLITS=128, PARTS=128)
+    wide = "x_ptr", "g_ptr", "out_ptr", "dx_ptr"  # of a norm these are as large as a photo, and its other tensors are float32
+
     def build(kernel, dtype, target, none=(), n_type="i32", n_even=True):
         "As the launcher would for aligned pointers, and an n that is a multiple of 16 or is not."
         signature, constexprs, attrs = {}, {}, {}
         for i, name in enumerate(kernel.arg_names):
-            if name == "BLOCK" or name in none:
-                signature[name], constexprs[i,] = "constexpr", None if name in none else gates.BLOCK
+            if name in constants or name in none:
+                signature[name], constexprs[i,] = "constexpr", None if name in none else constants[name]
+            elif name in ("groups", "width"):
+                signature[name] = "i32"
             else:
-                signature[name] = n_type if name == "n" else "*" + dtype
-                if name != "n" or n_even:
+                size, small = name in ("n", "HW", "M"), kernel in norms and name not in wide and dtype != "fp64"
+                signature[name] = n_type if name == "n" else "i32" if size else "*fp32" if small else "*" + dtype
+                if not size or n_even:
                     attrs[i,] = [["tt.divisibility", 16]]
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
         return triton.compile(source, target=target)
@@ -620,6 +721,7 @@ BUILD = """
 
     sm_80, sm_90, gfx942 = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
     kernels = gates._update_fwd, gates._update_bwd, gates._reset_fwd, gates._reset_bwd
+    norms = gates._norm_sums, gates._norm_fwd, gates._norm_bwd_sums, gates._norm_bwd
 """
 
 
@@ -656,12 +758,35 @@ def test_every_kernel_builds_for_real_gpus():
 
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="triton's compilers ship for Linux")
+def test_every_norm_kernel_builds_for_real_gpus():
+    run_python(BUILD + """
+    for kernel in norms:
+        for dtype in "fp32", "bf16":
+            built = build(kernel, dtype, sm_90)
+            use, code = tool("cuobjdump", "-res-usage", built), tool("nvdisasm", "-c", built)
+            assert " STACK:0 " in use and " LOCAL:0 " in use, use
+            wide = {op for op in re.findall("(?:LDG|STG)[.][A-Z0-9.]*", code) if op.endswith(".128")}
+            assert wide == ({"LDG.E.128"} if "sums" in kernel.__name__ else {"LDG.E.128", "STG.E.128"}), (kernel, dtype, wide)
+        assert " LOCAL:0 " in tool("cuobjdump", "-res-usage", build(kernel, "fp64", sm_80, n_even=False))
+        amd = build(kernel, "fp32", gfx942).asm["amdgcn"]
+        assert "global_load_dwordx4" in amd and set(re.findall("_spill_count: +([0-9]+)", amd)) == {"0"}, kernel
+    """)  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's compilers ship for Linux")
 def test_memory_passes_of_the_kernels_are_as_the_table_says():
     """Loads and stores of the compiled kernels; and a gradient that nobody needs costs neither."""
     run_python(BUILD + """
     names = [("update", "forward"), ("update", "backward"), ("reset", "forward"), ("reset", "backward")]
     for kernel, name in zip(kernels, names):
         assert traffic(build(kernel, "fp32", sm_90))[1] == gates.PASSES[name][0]
+    # of photo-sized tensors: x to sum up; x and y; g and x to sum up; g, x and dx. Beside them w, b, and two or four partial sums
+    for kernel, loads, stores, large in zip(norms, (1, 5, 6, 9), (2, 1, 2, 1), (1, 2, 2, 3)):
+        built = build(kernel, "fp16", sm_90)
+        assert traffic(built) == (loads, loads + stores), kernel
+        assert len(re.findall("tt.load.*<f16>|tt.store.*<f16>", built.asm["ttir"])) == large, kernel
+    assert (1 + 2, 2 + 3) == (gates.PASSES["norm", "forward"][0], gates.PASSES["norm", "backward"][0])
     for none, loads, passes in [
         (("dh_ptr",), 4, 6), (("dac_ptr",), 4, 6), (("daz_ptr",), 3, 5), (("dh_ptr", "daz_ptr"), 3, 4),
         (("daz_ptr", "dac_ptr"), 2, 3), (("dh_ptr", "dac_ptr"), 4, 5),
@@ -1833,6 +1958,7 @@ MISTAKES = [  # what is typed, and words of the one line that answers; {at} is t
     ("train.py --data {at}/photos --out {tmp} --size 8", "--size and --crop: wanted at least 16"),
     ("train.py --data {at}/photos --out {tmp} --crop 4", "--size and --crop: wanted at least 16"),
     ("train.py --data {at}/photos --out {tmp} --alpha 0", "--alpha 0.0: wanted a number above 0"),
+    ("train.py --data {at}/photos --out {tmp} --model unet-g --recompute 1", "unet-g keeps no state from pass to pass"),
     ("train.py --data {at}/photos --out {tmp} --alpha nan", "--alpha nan: "),
     ("train.py --data {at}/photos --out {tmp} --lr inf", "--lr inf: "),
     ("train.py --data {at}/photos --out {tmp} --rotate 400", "--rotate 400.0: wanted degrees from 0 to 180"),
@@ -2017,6 +2143,84 @@ def test_a_folder_that_may_not_be_read_or_written(trained, tmp_path, monkeypatch
             assert "Permission denied: '" in run(*args).stderr
 
 
+# ---------------------------------------------------------------- fast.py
+
+
+def test_a_network_on_a_cpu_is_the_plain_network_sooner():
+    plain, image = RecurrentUNet().eval(), torch.randn(1, 3, 37, 51)
+    with torch.no_grad():
+        want = plain(image)
+        quick = fast.on(torch.device("cpu"), plain)
+        assert quick.head.weight.is_contiguous(memory_format=torch.channels_last)
+        for a, b in zip(quick(image), want):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("unit", ["dru", "sru"])
+def test_recomputing_changes_neither_masks_nor_gradients_but_what_is_kept(unit):
+    net, image = RecurrentUNet(unit=unit).double(), torch.randn(2, 3, 33, 18, dtype=torch.float64)
+    gradients, kept = [], []
+    for form in net, fast.Recomputed(net):
+        held = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.setdefault(x.data_ptr(), x), lambda x: x):
+            masks = form(image, 3)
+        kept.append(sum(x.numel() for x in held.values()))
+        gradients.append(torch.autograd.grad(sum(s.square().mean() for s in masks), list(net.parameters())))
+        assert len(masks) == 3
+    for (name, _), a, b in zip(net.named_parameters(), *gradients):
+        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+    assert kept[1] < kept[0] / 3
+
+
+class FakeGraph:
+    """A recording as Replayed keeps it, without a GPU: it reads and writes the same tensors at every replay."""
+
+    def __init__(self, f, args):
+        self.f, self.args = f, [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        self.inputs = [x for x in self.args if isinstance(x, torch.Tensor)]
+        self.results = [x.clone() for x in f(*self.args)]
+
+    def replay(self):
+        for still, x in zip(self.results, self.f(*self.args)):
+            still.copy_(x)
+
+
+def test_a_replayed_call_is_recorded_at_its_second_sight(monkeypatch):
+    """The bookkeeping alone; that a recording computes the same is a test for a GPU, below."""
+    recorded = []
+
+    def record(f, args):
+        graph = FakeGraph(f, args)
+        recorded.append(graph)
+        return graph, graph.inputs, graph.results
+
+    monkeypatch.setattr(fast, "record", record)
+    f = lambda x, times: [x * times, x + times]
+    run, seen = fast.Replayed(f, most=2), []
+    for k in range(5):
+        x = torch.full((2, 3), float(k))
+        seen.append((x, run(x, 2)))
+    assert len(recorded) == 1  # the first call ran as it was, the second was recorded, the others replayed
+    for x, got in seen:  # each result is the caller's own: later calls have not written over it
+        assert torch.equal(got[0], x * 2) and torch.equal(got[1], x + 2)
+    for other in (torch.ones(3, 2), 2), (torch.ones(2, 3), 5), (torch.ones(2, 3).double(), 2):  # a shape, a number, a dtype
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(run(*other), f(*other)))
+    assert len(recorded) == 4 and len(run.graphs) == 2
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize("half", [False, True])
+def test_a_replayed_network_is_the_network(half):
+    net = fuse(RecurrentUNet()).cuda().eval()
+    run = fast.Replayed(net)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half):
+        for k in range(4):
+            image = torch.randn(1, 3, 40, 56, device="cuda")
+            for a, b in zip(run(image, 3), net(image, 3)):
+                torch.testing.assert_close(a.float(), b.float(), rtol=1e-2 if half else 1e-4, atol=1e-2 if half else 1e-4)
+
+
 # ---------------------------------------------------------------- bench.py
 
 
@@ -2030,6 +2234,81 @@ def test_bench_prints_a_row_for_every_system(monkeypatch, capsys):
         ms, low, high, per_second, memory = float(row[3]), float(row[4]), float(row[6]), float(row[7]), float(row[8])
         assert 0 < low <= ms <= high and per_second == pytest.approx(1000 / ms, rel=0.05) and memory > 0
     assert run("bench.py").returncode == 2
+
+
+def test_bench_compares_forms_within_shuffled_rounds(capsys):
+    order = []
+    forms = {name: lambda name=name, s=s: (order.append(name), time.sleep(s)) for name, s in (("plain", 0.004), ("slow", 0.008))}
+    medians = bench.compare(forms, rounds=9, warm=1)
+    rows = capsys.readouterr().out.splitlines()
+    assert 3 < medians["plain"] < medians["slow"] and float(rows[1].split()[-1]) == 1 and float(rows[2].split()[-1]) < 0.9
+    assert sorted(order) == 10 * ["plain"] + 10 * ["slow"] and order[2:4] in (["plain", "slow"], ["slow", "plain"])
+    assert len({tuple(order[k : k + 2]) for k in range(2, 20, 2)}) == 2  # in either order
+
+
+def test_bench_runs_every_form_and_finds_them_equal(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # compiling takes a minute
+    monkeypatch.setattr(bench, "in_both_states", lambda cases, rounds: [call() for forms in cases.values() for call in forms.values()])
+    bench.infer(1, None)
+    found = re.findall(r"differ by at most (\S+); (\d+) pixels", capsys.readouterr().out)
+    assert found and all(float(off) < 1e-4 and pixels == "0" for off, pixels in found)
+    monkeypatch.setattr(bench, "BATCH", (1, 3, 32, 32))
+    for form in bench.TRAINING:
+        bench.training_step(form)()
+    assert run("bench.py", "--infer", "--official", HERE).stderr.startswith("bench.py: ")
+
+
+def test_bench_writes_how_it_grows(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "alone", lambda flag, *at: [float(at[0]), 7.0])
+    bench.grow(tmp_path / "growth.csv")
+    rows = (tmp_path / "growth.csv").read_text().splitlines()
+    assert len(rows) == 1 + sum(map(len, bench.GROW.values())) and rows[1].startswith("passes,1,1.0,7,")
+    ms, megabytes = bench.point(2, 32, 1)
+    assert ms > 0 and megabytes >= 0
+
+
+# ---------------------------------------------------------------- predict.py --export
+
+
+def test_an_exported_network_gives_the_same_masks_at_any_size(trained, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    at, _ = trained
+    done = run("predict.py", at / "run/best.pt", "--export", tmp_path / "dru.onnx")
+    assert done.returncode == 0 and "RGB from 0 to 1" in done.stdout, done.stderr
+    session = runtime.InferenceSession(tmp_path / "dru.onnx")
+    net, config, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
+    for b, h, w in (1, 48, 64), (2, 33, 47), (1, 17, 90):
+        photos = np.random.default_rng(h).integers(0, 256, (b, h, w, 3), np.uint8)
+        images = torch.stack([data.normalise(photo) for photo in photos])
+        got = session.run(None, {"image": photos.transpose(0, 3, 1, 2).astype(np.float32) / 255})[0]
+        with torch.no_grad():
+            want = net(images, config.passes)[-1]
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-3, atol=1e-3)
+
+
+def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    at, _ = trained
+    true = predict.to_onnx
+
+    def wrong(net, image, path):
+        net.net.head.bias.data += 1
+        true(net, image, path)
+        net.net.head.bias.data -= 1
+
+    monkeypatch.setattr(predict, "to_onnx", wrong)
+    done = run("predict.py", at / "run/best.pt", "--export", tmp_path / "dru.onnx")
+    assert "not written, as ONNX Runtime's logits differ" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_export_asks_for_what_it_needs(trained, tmp_path, monkeypatch):
+    at, _ = trained
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    done = run("predict.py", at / "run/best.pt", "--export", tmp_path / "dru.onnx")
+    assert done.stderr == "predict.py: --export needs two more packages: pip install onnx onnxruntime\n"
+    assert run("predict.py", at / "run/best.pt").returncode == 2  # neither photos nor --export
 
 
 # ---------------------------------------------------------------- tutorial.md, figures.py

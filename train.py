@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import baselines
 from data import open_dataset
-from gates_triton import fuse
+from fast import Recomputed, on
 from layouts import VOID
 from runs import Interrupts, foreign, join, leave_signals, place, read, save, say, summed, wait_for_all, write_log
 from scoring import autocast, draw_samples, evaluate, print_table, scores
@@ -54,6 +54,7 @@ class Config:
     views: int = knob(1, "2 averages every photo with its mirror image when scoring, as the official code does", choices=[1, 2])
     epochs: int = knob(30, "one shows every photo once, or as many times as make 400, in whole batches")
     batch: int = knob(8, "photos a step")
+    recompute: int = knob(0, "1 trains in less than half of the memory, for a third more time", choices=[0, 1])
     lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle")
     seed: int = knob(0, "of weights, order and augmentation")
     workers: int = knob(-1, "processes that load photos; -1: none on a CPU, 4 for a GPU")
@@ -72,6 +73,8 @@ def checked(c):
             raise ValueError(f"--{name} {getattr(c, name)}: wanted a number above 0, at most 1")
     if not 0 <= c.rotate <= 180:
         raise ValueError(f"--rotate {c.rotate}: wanted degrees from 0 to 180")
+    if c.recompute and c.model not in ("dru", "sru", "dru-vgg16", "dru-resnet50"):
+        raise ValueError(f"--recompute 1: {c.model} keeps no state from pass to pass; leave it out")
     if 0 < c.size < 16 or 0 < c.crop < 16:
         raise ValueError("--size and --crop: wanted at least 16, as the network halves a photo four times")
     return c
@@ -81,11 +84,6 @@ def build(c, classes):
     """The network that a Config names. A setting that it does not have is refused, unless it was left as it is."""
     takes = baselines.options(c.model) | {name for name in ("level", "width", "hidden") if getattr(c, name) != getattr(Config, name)}
     return baselines.build(c.model, classes, c.weights, **{name: getattr(c, name) for name in takes - {"image_channels"}})
-
-
-def on(device, net):
-    """The network on its device: with fused gates on a GPU; on a CPU with channels last in memory, which its convolutions like."""
-    return fuse(net.to(device)) if device.type == "cuda" else net.to(memory_format=torch.channels_last)
 
 
 def recurrent_loss(masks, truth, alpha, seen=None):
@@ -166,7 +164,8 @@ def train(c, resume=False):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, list(rates), total_steps=c.epochs * steps)
     # on small sets the weights of single steps swing by ten points of validation IoU, their running mean does not
     mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
-    shared = DistributedDataParallel(net) if world > 1 else net  # waits until all processes are here
+    shared = Recomputed(net) if c.recompute else net
+    shared = DistributedDataParallel(shared) if world > 1 else shared  # waits until all processes are here
     parts = {"raw": net, "mean": mean, "optimiser": optimiser, "schedule": schedule}
     log, best, done, total = [], 0.0, 0, 0.0  # done: steps of the epoch under way; total: their losses
     if state:
