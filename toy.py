@@ -160,8 +160,10 @@ def camera(rng, photo, light):
     pixels = pixels.clip(0, 1) ** rng.uniform(.8, 1.2) + grain + rng.normal(0, .006, pixels.shape)
     return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
 
-def draw_hand_photo(rng, width=160, height=120):
-    """Return a photograph (RGB) of one or two hands over a cluttered desk, and the mask (L, 0 or 255) of its skin."""
+def draw_hand_photo(rng, width=160, height=120, move=0j, turn=0.):
+    """Return a photograph (RGB) of one or two hands over a cluttered desk, and the mask (L, 0 or 255) of its skin.
+
+    The same rng with another `move`, in widths, or `turn`, in radians, is the same desk, and the hand elsewhere: a frame of a video."""
     size, light = (width * S, height * S), .55 * np.exp(1j * rng.uniform(0, 2 * np.pi))
     canvas, mask = draw_desk(rng, size), Image.new("L", size)
     def somewhere(margin=0.):
@@ -174,8 +176,8 @@ def draw_hand_photo(rng, width=160, height=120):
         angle = side + rng.uniform(-.5, .5)
         scale = rng.uniform(42, 60) * S * min(width / 160, height / 120) * (.75 if two else 1)
         apart = flip * .26 * two * complex(np.cos(side) * size[0], np.sin(side) * size[1])
-        wrist = somewhere(.3) + apart + .9j * scale * np.exp(1j * angle)
-        draw_hand(rng, canvas, mask, skin, light, wrist, angle, scale, flip)
+        wrist = somewhere(.3) + apart + .9j * scale * np.exp(1j * angle) + move * size[0]
+        draw_hand(rng, canvas, mask, skin, light, wrist, angle + turn, scale, flip)
     if rng.random() < .12:  # something thin lies over the hand, or near it
         kind = rng.choice(["pen", "stick", "cable"])
         mask.paste(0, mask=draw_object(rng, canvas, light, kind, somewhere(.2)))
@@ -193,3 +195,16 @@ def draw_set(folder, count=240, seed=0):
     cuts = 0, round(0.7 * count), round(0.85 * count), count
     for split, a, b in zip(("train", "val", "test"), cuts, cuts[1:]):
         (folder / f"{split}.txt").write_text("\n".join(names[a:b]) + "\n")
+
+def draw_clips(folder, clips=8, frames=30, seed=1):
+    """images/CLIP_FRAME.jpg and masks/CLIP_FRAME.png: in each clip a hand wanders over its desk, swinging about its wrist."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    for clip in range(clips):
+        ways = np.random.default_rng([seed, clip]).uniform(-1, 1, 6)
+        for frame in range(frames):
+            t = 2 * np.pi * frame / frames
+            move = .22 * (ways[0] * np.sin(t) + 1j * ways[1] * np.sin(2 * t + ways[2]))
+            photo, mask = draw_hand_photo(np.random.default_rng([seed, clip, 1]), move=move, turn=.5 * ways[3] * np.sin(t + ways[4]))
+            photo.save(folder / "images" / f"clip{clip}_{frame:02d}.jpg", quality=90)
+            mask.save(folder / "masks" / f"clip{clip}_{frame:02d}.png")
