@@ -3,6 +3,7 @@
     python bench.py --table                     parameters, GFLOP, milliseconds and memory of one frame, for each system of baselines.py
     python bench.py --infer [--official PATH]   DRU(4), three passes: plain, as predict.py runs it, and what else there is to run it with
     python bench.py --train                     a training step of 8 photos: plain, as train.py runs it, recomputed; and its memory
+    python bench.py --traffic                   bytes and launches that the fused kernels save
     python bench.py --grow growth.csv           time and memory against passes, image side and batch; figures.py draws the file
 
 One frame of 230x306 pixels, as in the paper, and batch 1, unless it says otherwise. Times are medians over rounds that visit all
@@ -25,11 +26,13 @@ import types
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import SYSTEMS, build
 from fast import Recomputed, Replayed, keep_memory, on
-from gates_triton import fuse
+from gates_triton import PASSES, FusedNorm, fuse
 from predict import to_onnx
 from rurnet import RecurrentUNet
 from scoring import autocast
@@ -244,11 +247,11 @@ def in_both_states(cases, rounds):
 
 @torch.inference_mode()
 def infer(rounds, official):
-    cases = {}
-    for size in (230, 306), (240, 320):
+    cases, sizes = {}, [(1, 230, 306), (1, 240, 320)] + [(8, 240, 320)] * (DEVICE.type == "cuda")
+    for batch, *size in sizes:
         torch.manual_seed(0)
-        image = torch.rand(1, 3, *size, device=DEVICE)
-        title, forms = f"one frame of {size[0]}x{size[1]}, three passes", inference_forms(image, official)
+        image = torch.rand(batch, 3, *size, device=DEVICE)
+        title, forms = f"{batch} x {size[0]}x{size[1]}, three passes", inference_forms(image, official)
         cases[title] = forms
         want = forms["plain"]()[-1]
         for name, call in forms.items():
@@ -260,6 +263,18 @@ def infer(rounds, official):
             print(f"{title}, {name}: logits differ by at most {(s - want).abs().max():.1e}; {flipped} pixels change class")
     print()
     in_both_states(cases, rounds)
+    for title, (batch, *size) in zip(cases, sizes) if DEVICE.type == "cuda" else ():
+        print(f"{title}: the fused form's bytes and operations alone need {least_ms(batch, size):.3f} ms in float32")
+
+
+def least_ms(batch, size):
+    """What the fused forward pass must take on this GPU: its bytes at the speed of a copy, or its operations at that of a product."""
+    forward = counted(True, batch, size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        RecurrentUNet()(torch.rand(batch, 3, *size))
+    x, m = torch.rand(2**28, device=DEVICE), torch.rand(8192, 8192, device=DEVICE)
+    copy, product = (statistics.median(timed(f) for _ in range(9)) for f in (x.clone, lambda: m @ m))
+    return max(forward.bytes / (2 * x.nbytes) * copy, counter.get_total_flops() / (2 * 8192**3) * product)
 
 
 # ---------------------------------------------------------------- training
@@ -311,6 +326,65 @@ def train_steps(rounds):
         print(f"{form}: {megabytes:.0f} MB at most, {megabytes / most['plain']:.0%} of plain")
 
 
+# ---------------------------------------------------------------- what the fused kernels save
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that the operators of a forward pass read and write, and the kernels that a GPU launches for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.launches = 0
+        self.counting = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if self.counting and not func.is_view:
+            self.add(sum(x.nbytes for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)), 1)
+            if func is torch.ops.aten.native_group_norm.default:  # the sums, what follows from them, the result: x is read twice
+                self.add(args[0].nbytes, 2)
+        return out
+
+    def add(self, nbytes, launches):
+        self.bytes, self.launches = self.bytes + nbytes, self.launches + launches
+
+    def as_one(self, f, passes, launches):
+        """f, counted as a fused kernel that makes so many memory passes over what it returns."""
+
+        def run(*args):
+            self.counting = False
+            out = f(*args)
+            self.counting = True
+            self.add(passes * out.nbytes, launches)
+            return out
+
+        return run
+
+
+@torch.no_grad()  # inference_mode would hide the norm's operator within a larger one
+def counted(fused, batch, size):
+    """The traffic of DRU(4)'s three passes. Counted on a CPU, where the operators are the same."""
+    net, counter = RecurrentUNet(), Traffic()
+    for module in fuse(net).modules() if fused else ():
+        if isinstance(module, FusedNorm):
+            module.forward = counter.as_one(module.forward, PASSES["norm", "forward"][0], 2)
+        if hasattr(module, "update"):
+            module.update = counter.as_one(module.update, PASSES["update", "forward"][0], 1)
+            module.reset = counter.as_one(module.reset, PASSES["reset", "forward"][0], 1)
+    with counter:
+        net(torch.rand(batch, 3, *size))
+    return counter
+
+
+def traffic():
+    print(f"{'DRU(4), three passes':24}{'form':8}{'MB':>8}{'of plain':>10}{'launches':>10}{'of plain':>10}")
+    for batch, *size in (1, 230, 306), (8, 240, 320):
+        plain, fused = (counted(form, batch, size) for form in (False, True))
+        for form, c in ("plain", plain), ("fused", fused):
+            title = f"{batch} x {size[0]}x{size[1]}"
+            print(f"{title:24}{form:8}{c.bytes / 1e6:8.0f}{c.bytes / plain.bytes:10.0%}{c.launches:10}{c.launches / plain.launches:10.0%}")
+
+
 # ---------------------------------------------------------------- how it grows
 
 GROW = {"passes": (1, 2, 3, 4, 6, 8), "side": (128, 192, 256, 384, 512, 768, 1024), "batch": (1, 2, 4, 8, 16, 32)}
@@ -351,6 +425,7 @@ def main():
     cli.add_argument("--table", action="store_true", help="what every system costs")
     cli.add_argument("--infer", action="store_true", help="ways to run DRU(4)")
     cli.add_argument("--train", action="store_true", help="ways to train DRU(4)")
+    cli.add_argument("--traffic", action="store_true", help="what the fused kernels save")
     cli.add_argument("--grow", type=Path, metavar="CSV", help="how time and memory grow")
     cli.add_argument("--official", metavar="PATH", help="a checkout of the official code, to be timed by --infer")
     cli.add_argument("--rounds", type=int, default=9, help="timed calls of each form")
@@ -371,10 +446,12 @@ def main():
             infer(args.rounds, args.official)
         elif args.train:
             train_steps(args.rounds)
+        elif args.traffic:
+            traffic()
         elif args.grow:
             grow(args.grow)
         else:
-            cli.error("say what to measure: --table, --infer, --train or --grow CSV")
+            cli.error("say what to measure: --table, --infer, --train, --traffic or --grow CSV")
     except ValueError as error:
         sys.exit(f"bench.py: {error}")
 

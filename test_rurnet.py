@@ -2258,6 +2258,23 @@ def test_bench_runs_every_form_and_finds_them_equal(monkeypatch, capsys):
     assert run("bench.py", "--infer", "--official", HERE).stderr.startswith("bench.py: ")
 
 
+def test_bench_counts_what_the_fused_kernels_save():
+    """By hand: 22 norms a pass, 20 of them with a ReLU ... counted from the modules."""
+    net, sizes = RecurrentUNet(passes=1), {}
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda m, i, y, name=name: sizes.update({name: (type(m), y.nbytes)}) if torch.is_tensor(y) else None)
+    with torch.no_grad():
+        net(torch.rand(1, 3, 37, 51))
+    norm, relu = (sum(n for kind, n in sizes.values() if kind is want) for want in (torch.nn.GroupNorm, torch.nn.ReLU))
+    e, h = (sizes[f"unit.{name}"][1] for name in ("net_r", "net_z"))
+    plain, fused = (bench.counted(form, 1, (37, 51)) for form in (False, True))
+    # a pass saves 2 memory passes of each ReLU; of the gates 11 and 2
+    small = 3 * 2 * 4 * 2 * 8 * 22  # each norm's mean and deviation, and its weight and bias, which the count of the fused form leaves out
+    assert abs(plain.bytes - fused.bytes - 3 * (2 * relu + 11 * h + 2 * e)) < 4 * small and norm > relu
+    norms, relus = ([kind for kind, _ in sizes.values()].count(want) for want in (torch.nn.GroupNorm, torch.nn.ReLU))
+    assert plain.launches - fused.launches == 3 * (norms + relus + 5 + 1)
+
+
 def test_bench_writes_how_it_grows(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "alone", lambda flag, *at: [float(at[0]), 7.0])
     bench.grow(tmp_path / "growth.csv")
