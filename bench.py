@@ -1,6 +1,6 @@
 """What every system costs, and what makes the network fast.
 
-    python bench.py --table                     parameters, GFLOP, milliseconds and memory of one frame, for each system of baselines.py
+    python bench.py --table                     parameters, GFLOP, milliseconds and memory of one frame, for each system of baselines.py, and l = 0
     python bench.py --infer [--official PATH]   DRU(4), three passes: plain, as predict.py runs it, and what else there is to run it with
     python bench.py --train                     a training step of 8 photos: plain, as train.py runs it, recomputed; and its memory
     python bench.py --traffic                   bytes and launches that the fused kernels save
@@ -42,8 +42,12 @@ FRAME = 1, 3, 230, 306
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+ROWS = [*SYSTEMS, "sru(0)", "dru(0)"]
+
+
 def load(name):
-    net = build(name, 2).eval().to(DEVICE)
+    name, deep = name.removesuffix("(0)"), {"level": 0} if name.endswith("(0)") else {}
+    net = build(name, 2, **deep).eval().to(DEVICE)
     return fuse(net) if DEVICE.type == "cuda" else net
 
 
@@ -88,8 +92,8 @@ def high_water():
 
 
 def table(rounds):
-    memory = {name: alone("--memory", name) for name in SYSTEMS}
-    image, nets, times = torch.rand(FRAME, device=DEVICE), {name: load(name) for name in SYSTEMS}, {name: [] for name in SYSTEMS}
+    memory = {name: alone("--memory", name) for name in ROWS}
+    image, nets, times = torch.rand(FRAME, device=DEVICE), {name: load(name) for name in ROWS}, {name: [] for name in ROWS}
     for k in range(rounds + 2):  # two to warm up
         for name in random.Random(k).sample(list(nets), len(nets)):
             times[name].append(milliseconds(nets[name], image))
@@ -429,7 +433,7 @@ def main():
     cli.add_argument("--grow", type=Path, metavar="CSV", help="how time and memory grow")
     cli.add_argument("--official", metavar="PATH", help="a checkout of the official code, to be timed by --infer")
     cli.add_argument("--rounds", type=int, default=9, help="timed calls of each form")
-    cli.add_argument("--memory", choices=list(SYSTEMS), help="the peak memory of one system alone, in MB")
+    cli.add_argument("--memory", choices=ROWS, help="the peak memory of one system alone, in MB")
     cli.add_argument("--training-memory", choices=list(TRAINING), help="the peak memory of a training step alone, in MB")
     cli.add_argument("--point", type=int, nargs=3, metavar=("PASSES", "SIDE", "BATCH"), help="ms and MB of one call alone")
     args = cli.parse_args()

@@ -3,7 +3,7 @@
     python figures.py                     all; needs hands/ and runs/hands/, which README's first line makes
     python figures.py architecture alpha  these alone
 
-architecture, alpha and traffic are drawings and come out byte for byte alike under one version of matplotlib. The others
+architecture, alpha, traffic and growth are drawings and come out byte for byte alike under one version of matplotlib. The others
 show what a trained network does, on toy photos: as alike as two trainings are, which on one machine is exactly.
 """
 
@@ -101,16 +101,32 @@ def alpha():
 
 
 def traffic():
-    figure, axes = plt.subplots(1, 2, figsize=(7.5, 2.6), sharex=True, layout="constrained")
-    for ax, gate in zip(axes, ("update", "reset")):
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.6), sharex=True, layout="constrained")
+    for ax, gate in zip(axes, ("update", "reset", "norm")):
         for y, way in enumerate(("forward", "backward")):
             fused, eager, _ = PASSES[gate, way]
             for dy, count, color, name in ((0.2, eager, GREY, "eager"), (-0.2, fused, GREEN, "fused")):
                 ax.barh(1 - y + dy, count, 0.36, color=color, label=name if not y else None)
                 ax.text(count + 0.3, 1 - y + dy, count, va="center")
-        ax.set(title=gate, yticks=(1, 0), yticklabels=("forward", "backward"), xlabel="memory passes", xlim=(0, 26))
+        ax.set(title="norm and ReLU" if gate == "norm" else gate, yticks=(1, 0), yticklabels=("forward", "backward"), xlabel="memory passes", xlim=(0, 26))
     axes[1].legend(loc="lower right", frameon=False)
     keep(figure, "traffic")
+
+
+def growth():
+    """What `bench.py --grow results/growth.csv` measured."""
+    with (Path(__file__).parent / "results/growth.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), sharey=True, layout="constrained")
+    for ax, axis in zip(axes, ("passes", "side", "batch")):
+        x, ms, mb = ([float(row[name]) for row in rows if row["axis"] == axis] for name in ("value", "ms", "MB"))
+        ax.plot(x, ms, "o-", color=BLUE, label="milliseconds")
+        ax.plot(x, mb, "s-", color=RED, label="MB")
+        ax.set(xscale="log", yscale="log", xlabel={"side": "side of the image", "batch": "images at once"}.get(axis, axis))
+        ax.set_xticks(x, [f"{v:.0f}" for v in x])
+        ax.minorticks_off()
+    axes[0].legend(frameon=False)
+    keep(figure, "growth")
 
 
 # ---------------------------------------------------------------- what a trained network does
@@ -217,7 +233,7 @@ def curves():
     keep(figure, "curves")
 
 
-FIGURES = {f.__name__: f for f in (architecture, alpha, traffic, passes, gates, more_passes, curves)}
+FIGURES = {f.__name__: f for f in (architecture, alpha, traffic, growth, passes, gates, more_passes, curves)}
 
 
 def keep(figure, name):

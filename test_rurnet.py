@@ -1,9 +1,10 @@
 """The tests, in the order of the files: the model, the kernels, the data, training, masks.
 
-python -m pytest -q      about five minutes on two cores, no GPU, no download
+python -m pytest -q      about three minutes on two cores, no GPU, no download
 """
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -13,12 +14,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: nothing here is large, and Ahead has work for a second core
 
 import numpy as np
 import pytest
@@ -46,7 +51,7 @@ import train
 from data import open_dataset, read_photo, survey
 from gates_triton import PASSES, FusedNorm, fuse, fused_reset, fused_update
 from rurnet import DRU, SRU, PlainUNet, RecurrentUNet, UNet, gated_reset, gated_update
-from toy import draw_hand_photo
+from toy import draw_clips, draw_hand_photo
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared" / "data"
@@ -58,6 +63,46 @@ seeds = st.integers(0, 2**31 - 1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+class Ahead:
+    """A process that a test will want to have seen, run by a second core while the first is at other tests.
+
+        @Ahead
+        def masks_printed(at):        at is an empty folder
+            return subprocess.run(...)
+
+        def test_masks_are_printed():
+            assert "mask" in masks_printed().stdout
+    """
+
+    jobs, pool = {}, ThreadPoolExecutor(1)
+
+    def __init__(self, work):
+        self.work, self.future = work, None
+        self.jobs[work.__name__] = self
+
+    def start(self):
+        self.future = self.future or self.pool.submit(self.run)
+
+    def run(self):
+        with tempfile.TemporaryDirectory() as at:
+            return self.work(Path(at))
+
+    def __call__(self):
+        self.start()
+        return self.future.result()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def second_core(request):
+    """Starts what the chosen tests will ask for, in the order in which they stand in this file."""
+    wanted = {name for item in request.session.items for name in item.function.__code__.co_names}
+    for name, job in Ahead.jobs.items():
+        if name in wanted:
+            job.start()
+    yield
+    Ahead.pool.shutdown(cancel_futures=True)
 
 
 def size(net):
@@ -654,8 +699,9 @@ def run_python(code, **environment):
     return done.stdout
 
 
-def test_the_file_works_without_triton():
-    printed = run_python("""
+@Ahead
+def printed_without_triton(at):
+    return run_python("""
         sys.modules["triton"] = None  # what makes `import triton` fail
         import runpy, torch
         from gates_triton import fuse, fused_reset, fused_update, triton
@@ -667,19 +713,28 @@ def test_the_file_works_without_triton():
         assert len(fuse(RecurrentUNet())(torch.zeros(1, 3, 16, 16))) == 3
         runpy.run_module("gates_triton", run_name="__main__")
     """)
+
+
+def test_the_file_works_without_triton():
+    printed = printed_without_triton()
     assert "takes a GPU" in printed and "3.75" in printed
 
 
-def test_a_fused_gate_compiles_for_a_cpu():
-    """With the compiler that users have, and outside the interpreter."""
-    if not any(os.access(os.path.join(p, "g++"), os.X_OK) for p in os.environ["PATH"].split(os.pathsep)):
-        pytest.skip("torch.compile needs a C++ compiler, and there is no g++")
-    run_python("""
+@Ahead
+def compiled_gate(at):
+    return run_python("""
         import torch
         from gates_triton import fused_update
         x = [torch.randn(9) for _ in range(3)]
         torch.testing.assert_close(torch.compile(fused_update, fullgraph=True)(*x), fused_update(*x))
+        print("equal")
     """)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, and there is no g++")
+def test_a_fused_gate_compiles_for_a_cpu():
+    """With the compiler that users have, and outside the interpreter."""
+    assert compiled_gate() == "equal\n"
 
 
 BUILD = """
@@ -725,11 +780,9 @@ BUILD = """
 """
 
 
-@needs_triton
-@pytest.mark.skipif(sys.platform != "linux", reason="triton's compilers ship for Linux")
-def test_every_kernel_builds_for_real_gpus():
-    """How a machine without a GPU knows that the kernels are real: their machine code, ahead of time."""
-    run_python(BUILD + """
+@Ahead
+def gates_built(at):
+    return run_python(BUILD + """
     def no_spills(built):
         use = tool("cuobjdump", "-res-usage", built)
         assert " STACK:0 " in use and " LOCAL:0 " in use, use
@@ -753,13 +806,20 @@ def test_every_kernel_builds_for_real_gpus():
         ttir = build(kernel, "fp32", sm_90).asm["ttir"]
         assert len(re.findall("tt.addptr .*xi64>", ttir)) == len(re.findall("tt.addptr", ttir)) > 0
         assert re.search("arith.muli .* : i64", ttir) and not re.search("arith.muli .* : i32", ttir)
+    print("all")
     """)  # fmt: skip
 
 
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="triton's compilers ship for Linux")
-def test_every_norm_kernel_builds_for_real_gpus():
-    run_python(BUILD + """
+def test_every_kernel_builds_for_real_gpus():
+    """How a machine without a GPU knows that the kernels are real: their machine code, ahead of time."""
+    assert gates_built() == "all\n"
+
+
+@Ahead
+def norms_built(at):
+    return run_python(BUILD + """
     for kernel in norms:
         for dtype in "fp32", "bf16":
             built = build(kernel, dtype, sm_90)
@@ -770,14 +830,19 @@ def test_every_norm_kernel_builds_for_real_gpus():
         assert " LOCAL:0 " in tool("cuobjdump", "-res-usage", build(kernel, "fp64", sm_80, n_even=False))
         amd = build(kernel, "fp32", gfx942).asm["amdgcn"]
         assert "global_load_dwordx4" in amd and set(re.findall("_spill_count: +([0-9]+)", amd)) == {"0"}, kernel
+    print("all")
     """)  # fmt: skip
 
 
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="triton's compilers ship for Linux")
-def test_memory_passes_of_the_kernels_are_as_the_table_says():
-    """Loads and stores of the compiled kernels; and a gradient that nobody needs costs neither."""
-    run_python(BUILD + """
+def test_every_norm_kernel_builds_for_real_gpus():
+    assert norms_built() == "all\n"
+
+
+@Ahead
+def passes_counted(at):
+    return run_python(BUILD + """
     names = [("update", "forward"), ("update", "backward"), ("reset", "forward"), ("reset", "backward")]
     for kernel, name in zip(kernels, names):
         assert traffic(build(kernel, "fp32", sm_90))[1] == gates.PASSES[name][0]
@@ -794,7 +859,15 @@ def test_memory_passes_of_the_kernels_are_as_the_table_says():
         assert traffic(build(gates._update_bwd, "fp32", sm_90, none)) == (loads, passes), none
     assert traffic(build(gates._reset_bwd, "fp32", sm_90, ("dar_ptr",))) == (2, 3)
     assert traffic(build(gates._reset_bwd, "fp32", sm_90, ("de_ptr",))) == (3, 4)
+    print("all")
     """)  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="triton's compilers ship for Linux")
+def test_memory_passes_of_the_kernels_are_as_the_table_says():
+    """Loads and stores of the compiled kernels; and a gradient that nobody needs costs neither."""
+    assert passes_counted() == "all\n"
 
 
 @pytest.mark.skipif(not gates_triton.INTERPRETED, reason="only the interpreter can be told which program it is")
@@ -1613,13 +1686,17 @@ def process(*args):
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300)
 
 
+def photos_of_fs(folder):
+    for i in range(8):
+        image, mask = data.augment(*letter_f(), 48, 15, np.random.default_rng(i))
+        write_pair(folder, f"p{i}", mask.point(lambda v: v % 255 * 255), image)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Photos with an F on each, and a run of two epochs over them."""
     at = tmp_path_factory.mktemp("run")
-    for i in range(8):
-        image, mask = data.augment(*letter_f(), 48, 15, np.random.default_rng(i))
-        write_pair(at / "photos", f"p{i}", mask.point(lambda v: v % 255 * 255), image)
+    photos_of_fs(at / "photos")
     done = process(HERE / "train.py", "--data", at / "photos", "--out", at / "run", *TINY)
     assert done.returncode == 0, done.stderr
     return at, done.stdout
@@ -1745,10 +1822,11 @@ def torchrun(*args):
     return process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
-def test_two_processes_learn_what_one_learns(trained, tmp_path):
-    at, _ = trained
-    (tmp_path / "sgd.py").write_text(textwrap.dedent(f"""
+@Ahead
+def one_and_two_processes(at):
+    """The same run by one process and by two: what was said, and the logs."""
+    photos_of_fs(at / "photos")
+    (at / "sgd.py").write_text(textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(HERE)!r})
         import torch, train
@@ -1756,9 +1834,14 @@ def test_two_processes_learn_what_one_learns(trained, tmp_path):
         train.main()
     """))
     flags = ["--data", at / "photos", *TINY, "--lr", "0.02", "--out"]
-    one, two = process(tmp_path / "sgd.py", *flags, tmp_path / "one"), torchrun(tmp_path / "sgd.py", *flags, tmp_path / "two")
-    assert one.returncode == two.returncode == 0, two.stderr
-    first, second = (train.load(tmp_path / name / "last.pt")[0]["log"] for name in ("one", "two"))
+    done = process(at / "sgd.py", *flags, at / "one"), torchrun(at / "sgd.py", *flags, at / "two")
+    assert done[0].returncode == done[1].returncode == 0, done[1].stderr
+    return *done, *(train.load(at / name / "last.pt")[0]["log"] for name in ("one", "two"))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
+def test_two_processes_learn_what_one_learns():
+    one, two, first, second = one_and_two_processes()
     assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 100 steps long
     assert [row["mIoU_3"] for row in second] == pytest.approx([row["mIoU_3"] for row in first], abs=5e-3)
     assert "and 1 more" in two.stdout and two.stdout.count("epoch   2/2") == 1 == two.stdout.count("pass    mIoU")
@@ -2225,11 +2308,11 @@ def test_a_replayed_network_is_the_network(half):
 
 
 def test_bench_prints_a_row_for_every_system(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SYSTEMS", ["dru", "unet-g"])
+    monkeypatch.setattr(bench, "ROWS", ["dru", "unet-g", "sru(0)"])
     monkeypatch.setattr(bench, "FRAME", (1, 3, 32, 48))
     bench.table(2)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
-    assert [row[:2] for row in rows] == [["dru", "364,338"], ["unet-g", "486,562"]]
+    assert [row[:2] for row in rows] == [["dru", "364,338"], ["unet-g", "486,562"], ["sru(0)", "973,466"]]
     for row in rows:
         ms, low, high, per_second, memory = float(row[3]), float(row[4]), float(row[6]), float(row[7]), float(row[8])
         assert 0 < low <= ms <= high and per_second == pytest.approx(1000 / ms, rel=0.05) and memory > 0
@@ -2328,6 +2411,78 @@ def test_export_asks_for_what_it_needs(trained, tmp_path, monkeypatch):
     assert run("predict.py", at / "run/best.pt").returncode == 2  # neither photos nor --export
 
 
+# ---------------------------------------------------------------- results/
+
+
+def result(name):
+    """A script of results/ as a module."""
+    found = importlib.util.spec_from_file_location(name, HERE / f"results/{name}.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_tables_on_the_pages_are_what_results_say():
+    tables = result("tables")
+    names = []
+    for page in tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert tables.written(text) == text, f"{page}: python results/tables.py"
+        names += re.findall("<!-- table: (.+) -->", text)
+    assert sorted(names) == sorted(tables.MAKE)
+
+
+def test_evidence_commands_are_what_runs():
+    evidence = result("evidence")
+    runs, done = list(evidence.all_runs()), {(row["data"], row["system"], row["seed"]) for row in evidence.rows()}
+    assert len({run.name for run in runs}) == len(runs) == 3 * (10 * 5 + 13 * 2)
+    assert done <= {(run.data, run.system, str(run.seed)) for run in runs}
+    for run_ in runs:
+        config, *_ = train.parse(evidence.command(run_).split(" with ")[0].split()[2:] + ["--out", run_.config.out])
+        assert config == train.replace(run_.config, crop=config.crop)
+    relus = sum(isinstance(module, torch.nn.ReLU) for module in evidence.relu_gates(2).unit.modules())
+    assert relus == 2 * 3 and sum(isinstance(module, torch.nn.ReLU) for module in RecurrentUNet().unit.modules()) == 3
+    image = torch.randn(1, 3, 20, 24)
+    for variant, wanted in (evidence.Fed, lambda s: s), (evidence.Nothing, torch.zeros_like):
+        net = variant(2)
+        s, (mask, _) = net.step(image, net.start(image))
+        assert torch.equal(mask, wanted(s))
+
+
+def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypatch):
+    at, _ = trained
+    evidence = result("evidence")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evidence, "CSV", tmp_path / "evidence.csv")
+    config = train.Config(data="photos", out="run", size=16, epochs=1)
+    chosen = [evidence.Run("photos", "gates end in ReLU", 0, config)]
+    monkeypatch.setattr(evidence, "all_runs", lambda: chosen)
+    for _ in range(2):
+        evidence.run_all(at)
+    (row,) = evidence.rows()
+    assert row["steps"] == "50" and len(row["IoU"].split()) == 5 and int(row["parameters"]) == size(RecurrentUNet())
+    assert train.build.__module__ == "train"  # the variant was put back
+
+
+def test_clips_move_a_hand_over_a_desk_that_stays(tmp_path):
+    draw_clips(tmp_path / "clips", clips=1, frames=4)
+    photos, masks = ([np.asarray(Image.open(path), int) for path in sorted((tmp_path / "clips" / kind).iterdir())] for kind in ("images", "masks"))
+    assert all((a != b).any() for a, b in itertools.combinations(masks, 2))
+    never = np.logical_and.reduce([cv == 0 for cv in masks])
+    assert np.median(abs(photos[0] - photos[1])[never]) < 6 < np.median(abs(photos[0] - photos[1])[masks[0] != masks[1]])
+
+
+def test_a_watched_video_is_scored_as_photos_are(trained):
+    at, _ = trained
+    video = result("video")
+    net, c, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
+    photos = open_dataset(at / "photos", "test")
+    matrices, _ = scoring.evaluate(net, photos, c, torch.device("cpu"))
+    ways = [video.watch(net, photos, c.size, way)[0] for way in video.WAYS]
+    assert torch.equal(ways[0], matrices[2]) and torch.equal(ways[2], matrices[0])
+    assert torch.equal(ways[1], ways[2])  # of one frame nothing is carried
+
+
 # ---------------------------------------------------------------- tutorial.md, figures.py
 
 
@@ -2355,9 +2510,11 @@ def agrees(shown, printed):
     return near and re.sub(rough, "#", shown) == re.sub(rough, "#", printed)
 
 
-def test_tutorial_runs_and_prints_what_it_shows(tmp_path):
+@Ahead
+def tutorial_ran(at):
+    """The blocks that the tutorial shows: of each its line and kind, what the page says that it prints, and what it printed."""
     for file in HERE.glob("*.py"):
-        shutil.copy(file, tmp_path)
+        shutil.copy(file, at)
     text, steps, shown = PAGES["tutorial.md"], [], []
     for block in BLOCK.finditer(text):
         if block[1] in ("python", "bash"):
@@ -2367,10 +2524,14 @@ def test_tutorial_runs_and_prints_what_it_shows(tmp_path):
             shown[-1] = block[2]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL], input=json.dumps(steps), capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PATH": path}
+        [sys.executable, "-c", RUN_ALL], input=json.dumps(steps), capture_output=True, text=True, cwd=at, env=os.environ | {"PATH": path}
     )
     assert done.returncode == 0, done.stderr
-    for (line, kind, _), want, got in zip(steps, shown, json.loads(done.stdout), strict=True):
+    return [(line, kind, want, got) for (line, kind, _), want, got in zip(steps, shown, json.loads(done.stdout), strict=True)]
+
+
+def test_tutorial_runs_and_prints_what_it_shows():
+    for line, kind, want, got in tutorial_ran():
         if kind == "python":
             assert agrees(want, got), f"tutorial.md, the block at line {line} prints:\n{got}"
         else:  # the shell's lines are a training's log: its words count, its numbers do not
@@ -2412,9 +2573,12 @@ def test_pages_show_every_picture_and_link_to_what_exists():
             assert not anchor or anchor in (heads if not file else headings(PAGES[file])), link
 
 
+DRAWINGS = "architecture", "alpha", "traffic", "growth"
+
+
 def test_drawings_come_out_as_committed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in "architecture", "alpha", "traffic":
+    for name in DRAWINGS:
         figures.FIGURES[name]()
         got, want = (np.asarray(Image.open(at / f"figures/{name}.png").convert("RGB"), int) for at in (tmp_path, HERE))
         assert got.shape == want.shape and abs(got - want).mean() < 1  # of 255: another matplotlib may smooth a letter otherwise
@@ -2423,7 +2587,7 @@ def test_drawings_come_out_as_committed(tmp_path, monkeypatch):
 def test_figures_of_a_trained_network_are_drawn(trained, tmp_path, monkeypatch):
     at, _ = trained
     monkeypatch.chdir(tmp_path)
-    for name in set(figures.FIGURES) - {"architecture", "alpha", "traffic"}:
+    for name in set(figures.FIGURES) - set(DRAWINGS):
         with pytest.raises(ValueError, match="The first line of README.md"):
             figures.FIGURES[name]()
     monkeypatch.setattr(figures, "RUN", at / "run")

@@ -1,0 +1,199 @@
+"""Writes the tables of README.md and results/README.md from the files in results/, between <!-- table: NAME --> and <!-- end -->.
+
+    python results/tables.py            write them
+    python results/tables.py --check    say which of them are not as they would be written
+"""
+
+import csv
+import re
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PAGES = HERE.parent / "README.md", HERE / "README.md"
+
+
+def rows(name):
+    return list(csv.DictReader((HERE / name).open(encoding="utf-8"))) if (HERE / name).exists() else []
+
+
+def table(head, lines):
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+# ---------------------------------------------------------------- the evidence
+
+SCORE = {"DRIVE": "F1", "hgr": "IoU", "desks": "IoU", "roads": "IoU", "camvid": "mIoU"}
+ORDER = ["U-Net-B", "U-Net-G", "U-Net-G, 3 x steps", "Rec-Simple", "Rec-Middle", "Rec-Last", "SRU(4)", "DRU(4)", "SRU(0)", "DRU(0)"]
+BENCH = {"U-Net-B": "unet-b", "U-Net-G": "unet-g", "U-Net-G, 3 x steps": "unet-g", "Rec-Simple": "rec-simple", "Rec-Middle": "rec-middle",
+         "Rec-Last": "rec-last", "SRU(4)": "sru", "DRU(4)": "dru", "SRU(0)": "sru(0)", "DRU(0)": "dru(0)"}  # fmt: skip
+
+
+def scores(data, system, which=None, trained=3):
+    """Of every seed: the score after each test pass that the network was trained for, or after the last of them."""
+    found = [row for row in rows("evidence.csv") if (row["data"], row["system"]) == (data, system)]
+    every = [[float(value) for value in row[which or SCORE[data]].split()] for row in found]
+    return [values[min(trained, len(values)) - 1] for values in every]
+
+
+def spread(values):
+    """Mean, lowest to highest, of how many seeds."""
+    if not values:
+        return "awaited"
+    if len(values) == 1:
+        return f"{values[0]:.3f} (one)"
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}" + (")" if len(values) == 3 else f", {len(values)} seeds)")
+
+
+def evidence():
+    ms = {line[0]: line[3] for line in systems_rows()}
+    lines = []
+    for system in ORDER:
+        known = [row for row in rows("evidence.csv") if row["system"] == system and row["data"] != "camvid"]
+        parameters = f"{int(known[0]['parameters']):,}" if known else ""
+        lines.append([system, parameters, ms.get(BENCH[system], ""), *(spread(scores(data, system)) for data in SCORE)])
+    return table(["system", "parameters", "ms", *(f"{data}, {score}" for data, score in SCORE.items())], lines)
+
+
+def ablation(names):
+    def make():
+        lines = []
+        for name, system, trained in names:
+            cells = [spread(scores(data, system, which, trained)) for data, which in (("DRIVE", "F1"), ("hgr", "IoU"))]
+            lines.append([name, *cells])
+        return table(["", "DRIVE, F1", "hgr, IoU"], lines)
+
+    return make
+
+
+def test_passes():
+    """One seed each: score after 1 to 5 test passes, by the number of passes in training."""
+    lines = []
+    for data, score in ("DRIVE", "F1"), ("hgr", "IoU"):
+        for n in range(1, 6):
+            system = "DRU(4)" if n == 3 else f"N = {n}"
+            found = [row for row in rows("evidence.csv") if (row["data"], row["system"], row["seed"]) == (data, system, "0")]
+            lines.append([f"{data}, {score}", n, *([f"{float(v):.3f}" for v in found[0][score].split()] if found else ["awaited"] * 5)])
+    return table(["", "passes in training", *(f"{t} in the test" for t in range(1, 6))], lines)
+
+
+# ---------------------------------------------------------------- what the scripts printed
+
+
+def systems_rows():
+    path = HERE / "table.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()[3:] if path.exists() else []
+    return [(w[0], w[1], w[2], w[3], f"{w[4]} to {w[6]}", w[7], w[8]) for w in map(str.split, lines) if len(w) == 9]
+
+
+def systems():
+    return table(["system", "parameters", "GFLOP", "ms (quartiles)", "frames/s", "MB"],
+                 [[n, p, f, f"{ms} ({q})", fps, mb] for n, p, f, ms, q, fps, mb in systems_rows()])  # fmt: skip
+
+
+def printed(name, about=""):
+    """What a script printed; of several paragraphs only those about something."""
+
+    def make():
+        parts = (HERE / name).read_text(encoding="utf-8").strip().split("\n\n") if (HERE / name).exists() else ["awaited"]
+        return "```text\n" + "\n\n".join(part for part in parts if about in part) + "\n```"
+
+    return make
+
+
+def video():
+    if not (HERE / "video.csv").exists():
+        return "awaited"
+    return table(["frames", "way", "test frames", "IoU", "frames/s"], list(csv.reader((HERE / "video.csv").open(encoding="utf-8"))))
+
+
+# ---------------------------------------------------------------- single runs, and the choices
+
+
+RUNS = {  # the folder in the command: (what the page calls it, the score that it shows)
+    "hands/": ("toy set (168 / 36 / 36)", "IoU"),
+    "hgr/": ("HGR1, HGR2B, one hand a photo (116 / 28 / 50)", "IoU"),
+    "desks/": ("hands over desks and EgoHands frames (35 / 11 / 24)", "IoU"),
+    "DRIVE/": ("DRIVE (16 / 4 / 20)", "F1"),
+}
+
+
+def single():
+    lines = []
+    for folder, (title, score) in RUNS.items():
+        found = [row for row in rows("runs.csv") if f"--data {folder}" in row["command"] and row["command"].startswith("train.py")]
+        first = found[0]
+        threads = {"1": "one thread", "2": "two threads"}[first["threads"]]
+        lines.append([title, f"`{first['command']}`", f"{first['minutes']} ({threads})", *(f"{float(row[score]):.3f}" for row in found[:3]), score])
+    return table(["data (train / val / test photos)", "command", "minutes", "pass 1", "pass 2", "pass 3", ""], lines)
+
+
+def norm():
+    found = list(csv.reader((HERE / "norm.csv").open(encoding="utf-8")))
+    names = {"hands": "toy set: `hands/ 84 84`", "desks": "hands over desks: `desks/ 84 84`", "hgr": "HGR: `hgr/ 84 84`", "DRIVE": "DRIVE: `DRIVE/ 565 112`"}
+    heads = list(dict.fromkeys(row[1] for row in found))
+    return table(["", *heads], [[title, *(f"{float(v):.3f}" for d, _, v in found if d == data)] for data, title in names.items()])
+
+
+def start():
+    found, lines = {}, []
+    for _, how, _, *values in csv.reader((HERE / "start.csv").open(encoding="utf-8")):
+        found.setdefault(how, []).append([float(v) for v in values])
+    for how, seeds in found.items():
+        last = [values[-1] for values in seeds]
+        lines.append([*(word.split()[-1] for word in how.split(", ")), *(f"{statistics.mean(v):.3f}" for v in zip(*seeds)), f"{min(last):.3f} to {max(last):.3f}"])
+    return table(["fed back", "s_0", "h_0", "pass 1", "pass 2", "pass 3", "lowest to highest"], lines)
+
+
+def vgg():
+    found = {}
+    for row in rows("vgg.csv"):
+        found.setdefault((row["model"], row["pretrained"]), []).append(row)
+    names, lines = {"unet-vgg16": "U-Net-VGG16", "dru-vgg16": "DRU-VGG16"}, []
+    for (model, pretrained), epochs in found.items():
+        scores = [f"{float(row['val_mIoU']):.3f}" for row in epochs]
+        lines.append([names[model], pretrained, " ".join(scores), max(scores), epochs[-1]["test_IoU"]])
+    return table(["system", "pretrained", "val mIoU by epoch", "best", "test IoU"], lines)
+
+
+MAKE = {
+    "evidence": evidence,
+    "passes": ablation([(f"{n} passes", "DRU(4)" if n == 3 else f"N = {n}", n) for n in range(1, 6)]),
+    "test passes": test_passes,
+    "alpha": ablation([("0.4", "DRU(4)", 3), ("0.7", "alpha = 0.7", 3), ("1", "alpha = 1", 3)]),
+    "level": ablation([("4", "DRU(4)", 3), *((str(n), f"l = {n}", 3) for n in (3, 2, 1)), ("0", "DRU(0)", 3)]),
+    "width": ablation([("8 channels", "DRU(4)", 3), ("16 channels", "width 16", 3)]),
+    "gates": ablation([("group norm", "DRU(4)", 3), ("ReLU, as in the official code", "gates end in ReLU", 3)]),
+    "fed back": ablation([("probabilities", "DRU(4)", 3), ("logits", "logits fed back", 3), ("nothing", "nothing fed back", 3)]),
+    "systems": systems,
+    "infer": printed("infer.txt", "230x306"),
+    "infer, all": printed("infer.txt"),
+    "train": printed("train.txt"),
+    "traffic": printed("traffic.txt"),
+    "video": video,
+    "single": single,
+    "norm": norm,
+    "start": start,
+    "vgg": vgg,
+}
+
+
+def written(text):
+    def fill(found):
+        return f"{found[1]}\n\n{MAKE[found[2]]()}\n\n<!-- end -->"
+
+    return re.sub(r"(<!-- table: ([\w ,]+) -->)\n.*?<!-- end -->", fill, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    status = 0
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = written(before)
+        if sys.argv[1:] == ["--check"]:
+            if after != before:
+                status = f"{page}: its tables are not what results/ says; python results/tables.py writes them"
+        else:
+            page.write_text(after, encoding="utf-8")
+    sys.exit(status)
