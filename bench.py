@@ -47,8 +47,7 @@ ROWS = [*SYSTEMS, "sru(0)", "dru(0)"]
 
 def load(name):
     name, deep = name.removesuffix("(0)"), {"level": 0} if name.endswith("(0)") else {}
-    net = build(name, 2, **deep).eval().to(DEVICE)
-    return fuse(net) if DEVICE.type == "cuda" else net
+    return on(DEVICE, build(name, 2, **deep).eval())
 
 
 @torch.no_grad()
@@ -75,6 +74,7 @@ def peak_memory(name):
     if DEVICE.type == "cuda":
         load(name)(torch.rand(FRAME, device=DEVICE))
         return torch.cuda.max_memory_allocated() / 2**20
+    keep_memory()
     before = high_water()
     load(name)(torch.rand(FRAME))
     return high_water() - before
@@ -92,6 +92,7 @@ def high_water():
 
 
 def table(rounds):
+    keep_memory()
     memory = {name: alone("--memory", name) for name in ROWS}
     image, nets, times = torch.rand(FRAME, device=DEVICE), {name: load(name) for name in ROWS}, {name: [] for name in ROWS}
     for k in range(rounds + 2):  # two to warm up
@@ -235,18 +236,18 @@ def official_nets(path):
     return {"runet": runet, "dru": run_dru}
 
 
-def in_both_states(cases, rounds):
-    """Compare the forms of every case {title: forms}, with memory as the C library handles it, and then as fast.keep_memory asks."""
+def compare_all(cases, rounds, keep=True):
+    """Compare the forms of every case {title: forms}; on a CPU with memory as the C library handles it, and then as predict.py keeps it."""
     medians = {}
-    for state in ("as the C library handles it", "kept, as fast.keep_memory asks") if DEVICE.type == "cpu" else ("on the GPU",):
-        if "kept" in state:
+    for kept in (False, True) if keep and DEVICE.type == "cpu" else (False,):
+        if kept:
             keep_memory()  # which cannot be taken back
+        state = "" if DEVICE.type == "cuda" else "; memory kept, as by predict.py" if kept else "; memory as the C library handles it"
         for title, forms in cases.items():
-            print(f"{where()}; {title}; memory {state}")
-            medians[title, "kept" in state] = compare(forms, rounds)
-    for title in cases if DEVICE.type == "cpu" else ():
-        found, held = medians[title, False], medians[title, True]
-        print(f"{title}: as the scripts run it {found['plain'] / held['channels last']:.2f} times faster than plain with memory as found")
+            print(f"{where()}; {title}{state}")
+            medians[title] = *medians.get(title, ()), compare(forms, rounds)
+    for title, found in medians.items() if keep and DEVICE.type == "cpu" else ():
+        print(f"{title}: predict.py is {found[0]['plain'] / found[1]['channels last']:.2f} times faster than plain with memory as found")
 
 
 @torch.inference_mode()
@@ -266,7 +267,7 @@ def infer(rounds, official):
             flipped = ((s.argmax(1) != want.argmax(1)) & ~tie).sum()
             print(f"{title}, {name}: logits differ by at most {(s - want).abs().max():.1e}; {flipped} pixels change class")
     print()
-    in_both_states(cases, rounds)
+    compare_all(cases, rounds)
     for title, (batch, *size) in zip(cases, sizes) if DEVICE.type == "cuda" else ():
         print(f"{title}: the fused form's bytes and operations alone need {least_ms(batch, size):.3f} ms in float32")
 
@@ -324,7 +325,8 @@ def training_memory(form):
 
 
 def train_steps(rounds):
-    in_both_states({f"a training step of {BATCH[0]} photos of {BATCH[2]}x{BATCH[3]}": {form: training_step(form) for form in TRAINING}}, rounds)
+    title = f"a training step of {BATCH[0]} photos of {BATCH[2]}x{BATCH[3]}"
+    compare_all({title: {form: training_step(form) for form in TRAINING}}, rounds, keep=False)
     most = {form: alone("--training-memory", form) for form in TRAINING if form != "plain, again"}
     for form, megabytes in most.items():
         print(f"{form}: {megabytes:.0f} MB at most, {megabytes / most['plain']:.0%} of plain")
@@ -397,6 +399,7 @@ GROW = {"passes": (1, 2, 3, 4, 6, 8), "side": (128, 192, 256, 384, 512, 768, 102
 @torch.inference_mode()
 def point(passes, side, batch):
     """Milliseconds and MB of one call, as predict.py runs it."""
+    keep_memory()
     before = high_water()
     net, image = on(DEVICE, plain_dru().eval()), torch.rand(batch, 3, side, side, device=DEVICE)
     times = [timed(lambda: net(image, passes)) for _ in range(7)]

@@ -1,6 +1,7 @@
 """How the scripts run a network: the same masks, sooner.
 
-    net = on(device, net)          CPU: channels last, memory kept. GPU: fused kernels
+    net = on(device, net)          CPU: channels last. GPU: fused kernels
+    keep_memory()                  CPU: for many passes without gradients
     net = Replayed(net)            GPU: calls are recorded and replayed, for a batch too small to keep the launching Python ahead
     net = Recomputed(net)          trains in less than half of the memory, for a third more time
 
@@ -21,13 +22,12 @@ def on(device, net):
     """The network on its device, in the form that is fastest there; parameters keep their names and shapes."""
     if device.type == "cuda":
         return fuse(net.to(device))
-    keep_memory()
     return net.to(memory_format=torch.channels_last)  # oneDNN's convolutions are made for it
 
 
 def keep_memory():
     """Let the C library keep the memory that tensors free. Left alone it hands large blocks back, and every pass over a photo
-    asks for thousands of pages anew, which must be zeroed. This is glibc's (Linux); elsewhere nothing happens."""
+    asks for thousands of pages anew, which must be zeroed. Training gains nothing by it. This is glibc's (Linux); elsewhere nothing happens."""
     trim_threshold, mmap_threshold = -1, -3
     try:
         libc = ctypes.CDLL(None)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import MEAN, STD, normalise, read_photo
-from fast import Replayed
+from fast import Replayed, keep_memory
 from layouts import ENDINGS
 from scoring import autocast, look, segment, to_photo, to_size
 from train import load_net
@@ -73,6 +73,7 @@ def find_inputs(paths):
 def mask_all(args):
     """Write every mask and overlay; return how many pictures failed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_memory()
     net, config, classes = load_net(args.checkpoint, device)
     inputs = find_inputs(args.inputs)
     if args.frames and not hasattr(net, "step"):

@@ -2331,7 +2331,7 @@ def test_bench_compares_forms_within_shuffled_rounds(capsys):
 
 def test_bench_runs_every_form_and_finds_them_equal(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)  # compiling takes a minute
-    monkeypatch.setattr(bench, "in_both_states", lambda cases, rounds: [call() for forms in cases.values() for call in forms.values()])
+    monkeypatch.setattr(bench, "compare_all", lambda cases, rounds: [call() for forms in cases.values() for call in forms.values()])
     bench.infer(1, None)
     found = re.findall(r"differ by at most (\S+); (\d+) pixels", capsys.readouterr().out)
     assert found and all(float(off) < 1e-4 and pixels == "0" for off, pixels in found)
