@@ -52,7 +52,7 @@ class RecSimple(nn.Module):
 
     def forward(self, image, passes=None):
         check_image(image, self)
-        mask, masks = image.new_zeros(len(image), self.classes, *image.shape[2:]), []
+        mask, masks = image.new_zeros(image.shape[0], self.classes, *image.shape[2:]), []
         for _ in range(self.passes if passes is None else check_passes(passes)):
             masks.append(self.head(self.unet(torch.cat([image, mask], dim=1))))
             mask = masks[-1].softmax(1)
@@ -86,7 +86,7 @@ class RecMiddle(nn.Module):
     def forward(self, image, passes=None):
         check_image(image, self)
         e, skips = self.unet.encode(image)
-        h, masks = e.new_zeros(len(e), self.unet.middle.c_h, *e.shape[2:]), []
+        h, masks = e.new_zeros(e.shape[0], self.unet.middle.c_h, *e.shape[2:]), []
         for _ in range(self.passes if passes is None else check_passes(passes)):
             h = self.unet.middle(e, h)
             masks.append(self.head(self.unet.decode(h, skips)))

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import types
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -158,23 +159,29 @@ def half(call):
 def inference_forms(image, official):
     """{name: call} of DRU(4) with the same weights, and of the official models with their own."""
     plain = plain_dru().eval()
-    last = plain_dru().eval().to(memory_format=torch.channels_last)
     forms = {"plain": lambda: plain(image), "plain, again": lambda: plain(image)}
     if DEVICE.type == "cuda":
         fused = fuse(plain_dru().eval())
-        replayed, compiled = Replayed(fused), torch.compile(plain_dru().eval(), mode="reduce-overhead")
+        replayed, compiled = Replayed(fused), torch.compile(plain_dru().eval(), mode="reduce-overhead", dynamic=False)
         forms |= {"fused": lambda: fused(image), "fused, replayed": lambda: replayed(image)}
         forms |= {"torch.compile, reduce-overhead": lambda: [s.clone() for s in compiled(image)]}
         forms |= {f"{name}, bf16": half(call) for name, call in forms.items() if name in ("plain", "fused, replayed")}
     else:
+        last = on(DEVICE, plain_dru().eval())
         forms["channels last"] = lambda: last(image)
         if shutil.which("g++") or shutil.which("clang++"):
-            compiled = torch.compile(plain_dru().eval())
+            compiled = torch.compile(plain_dru().eval(), dynamic=False)  # or the second size is compiled for any, and slower
             forms["torch.compile"] = lambda: compiled(image)
         forms |= other_runtimes(plain, image)
-    for name, net in official_nets(official).items() if official else ():
+    for name, net in official.items():
         forms[f"official {name}"] = lambda net=net: net(image)
     return forms
+
+
+@cache
+def say(text):
+    """Once, and beside the tables."""
+    print(text, file=sys.stderr)
 
 
 class Last(torch.nn.Module):
@@ -203,14 +210,14 @@ def other_runtimes(net, image):
             session = onnxruntime.InferenceSession(path, options)
             forms["ONNX Runtime"] = lambda: [torch.from_numpy(s) for s in session.run(None, {"image": image.numpy()})]
         except ImportError:
-            print("ONNX Runtime is not installed (pip install onnx onnxruntime)")
+            say("ONNX Runtime is not installed (pip install onnx onnxruntime)")
         try:
             import openvino
 
             run = openvino.compile_model(openvino.convert_model(Last(net), example_input=image), "CPU", {"INFERENCE_NUM_THREADS": threads})
             forms["OpenVINO"] = lambda: [torch.from_numpy(s) for s in run([image.numpy()]).values()]
         except ImportError:
-            print("OpenVINO is not installed (pip install openvino)")
+            say("OpenVINO is not installed (pip install openvino)")
     return forms
 
 
@@ -252,6 +259,7 @@ def compare_all(cases, rounds, keep=True):
 
 @torch.inference_mode()
 def infer(rounds, official):
+    official = official_nets(official) if official else {}
     cases, sizes = {}, [(1, 230, 306), (1, 240, 320)] + [(8, 240, 320)] * (DEVICE.type == "cuda")
     for batch, *size in sizes:
         torch.manual_seed(0)
@@ -260,7 +268,7 @@ def infer(rounds, official):
         cases[title] = forms
         want = forms["plain"]()[-1]
         for name, call in forms.items():
-            if "plain" in name or "official" in name or "bf16" in name:
+            if name in ("plain", "plain, again") or "official" in name:
                 continue
             s = call()[-1].to(DEVICE)
             tie = want.topk(2, 1).values.diff(dim=1)[:, 0].abs() < 2e-4
@@ -278,6 +286,7 @@ def least_ms(batch, size):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         RecurrentUNet()(torch.rand(batch, 3, *size))
     x, m = torch.rand(2**28, device=DEVICE), torch.rand(8192, 8192, device=DEVICE)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions may
     copy, product = (statistics.median(timed(f) for _ in range(9)) for f in (x.clone, lambda: m @ m))
     return max(forward.bytes / (2 * x.nbytes) * copy, counter.get_total_flops() / (2 * 8192**3) * product)
 
@@ -325,9 +334,9 @@ def training_memory(form):
 
 
 def train_steps(rounds):
+    most = {form: alone("--training-memory", form) for form in TRAINING if form != "plain, again"}
     title = f"a training step of {BATCH[0]} photos of {BATCH[2]}x{BATCH[3]}"
     compare_all({title: {form: training_step(form) for form in TRAINING}}, rounds, keep=False)
-    most = {form: alone("--training-memory", form) for form in TRAINING if form != "plain, again"}
     for form, megabytes in most.items():
         print(f"{form}: {megabytes:.0f} MB at most, {megabytes / most['plain']:.0%} of plain")
 
@@ -367,7 +376,8 @@ class Traffic(TorchDispatchMode):
         return run
 
 
-@torch.no_grad()  # inference_mode would hide the norm's operator within a larger one
+@torch.inference_mode(False)  # which would hide the norm's operator within a larger one
+@torch.no_grad()
 def counted(fused, batch, size):
     """The traffic of DRU(4)'s three passes. Counted on a CPU, where the operators are the same."""
     net, counter = RecurrentUNet(), Traffic()
@@ -398,48 +408,53 @@ GROW = {"passes": (1, 2, 3, 4, 6, 8), "side": (128, 192, 256, 384, 512, 768, 102
 
 @torch.inference_mode()
 def point(passes, side, batch):
-    """Milliseconds and MB of one call, as predict.py runs it."""
+    """Milliseconds and MB of one call, as predict.py runs it on a CPU."""
     keep_memory()
     before = high_water()
     net, image = on(DEVICE, plain_dru().eval()), torch.rand(batch, 3, side, side, device=DEVICE)
-    times = [timed(lambda: net(image, passes)) for _ in range(7)]
+    times = [timed(lambda: net(image, passes)) for _ in range(18)]
     used = torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else high_water() - before
-    return statistics.median(times[2:]), used
+    return statistics.median(times[3:]), used
 
 
 def grow(path):
     """One axis at a time, from 3 passes over one photo of 256x256; every point in a process of its own, for its memory's sake."""
+    rows = [["axis", "value", "ms", "MB", "where"]]
+    for axis, values in GROW.items():
+        for value in values:
+            at = {"passes": 3, "side": 256, "batch": 1} | {axis: value}
+            ms, megabytes = alone("--point", *map(str, at.values()))
+            rows.append([axis, value, f"{ms:.1f}", f"{megabytes:.0f}", where()])
+            print(f"{axis} {value}: {ms:.1f} ms, {megabytes:.0f} MB", flush=True)
     with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["axis", "value", "ms", "MB", "where"])
-        for axis, values in GROW.items():
-            for value in values:
-                at = {"passes": 3, "side": 256, "batch": 1} | {axis: value}
-                ms, megabytes = alone("--point", *map(str, at.values()))
-                rows.writerow([axis, value, f"{ms:.1f}", f"{megabytes:.0f}", where()])
-                print(f"{axis} {value}: {ms:.1f} ms, {megabytes:.0f} MB", flush=True)
+        csv.writer(file).writerows(rows)
 
 
 def alone(*flags):
     """What this script prints with these flags, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{' '.join(flags)}: {(done.stderr.strip().splitlines() or ['was killed; is memory short?'])[-1]}")
     numbers = [float(word) for word in done.stdout.split()]
     return numbers if len(numbers) > 1 else numbers[0]
 
 
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--table", action="store_true", help="what every system costs")
-    cli.add_argument("--infer", action="store_true", help="ways to run DRU(4)")
-    cli.add_argument("--train", action="store_true", help="ways to train DRU(4)")
-    cli.add_argument("--traffic", action="store_true", help="what the fused kernels save")
-    cli.add_argument("--grow", type=Path, metavar="CSV", help="how time and memory grow")
+    what = cli.add_mutually_exclusive_group(required=True)
+    what.add_argument("--table", action="store_true", help="what every system costs")
+    what.add_argument("--infer", action="store_true", help="ways to run DRU(4)")
+    what.add_argument("--train", action="store_true", help="ways to train DRU(4)")
+    what.add_argument("--traffic", action="store_true", help="what the fused kernels save")
+    what.add_argument("--grow", type=Path, metavar="CSV", help="how time and memory grow")
+    what.add_argument("--memory", choices=ROWS, help=argparse.SUPPRESS)  # this and the next two are for processes of their own
+    what.add_argument("--training-memory", choices=list(TRAINING), help=argparse.SUPPRESS)
+    what.add_argument("--point", type=int, nargs=3, help=argparse.SUPPRESS)
     cli.add_argument("--official", metavar="PATH", help="a checkout of the official code, to be timed by --infer")
-    cli.add_argument("--rounds", type=int, default=9, help="timed calls of each form")
-    cli.add_argument("--memory", choices=ROWS, help="the peak memory of one system alone, in MB")
-    cli.add_argument("--training-memory", choices=list(TRAINING), help="the peak memory of a training step alone, in MB")
-    cli.add_argument("--point", type=int, nargs=3, metavar=("PASSES", "SIDE", "BATCH"), help="ms and MB of one call alone")
+    cli.add_argument("--rounds", type=int, default=9, help="timed calls of each form, at least 2")
     args = cli.parse_args()
+    if args.rounds < 2:
+        cli.error(f"--rounds {args.rounds}: wanted at least 2")
     try:
         if args.memory:
             print(peak_memory(args.memory))
@@ -455,11 +470,9 @@ def main():
             train_steps(args.rounds)
         elif args.traffic:
             traffic()
-        elif args.grow:
-            grow(args.grow)
         else:
-            cli.error("say what to measure: --table, --infer, --train, --traffic or --grow CSV")
-    except ValueError as error:
+            grow(args.grow)
+    except (ValueError, OSError) as error:  # OSError: a table that may not be written
         sys.exit(f"bench.py: {error}")
 
 

@@ -3,9 +3,9 @@
     net = on(device, net)          CPU: channels last. GPU: fused kernels
     keep_memory()                  CPU: for many passes without gradients
     net = Replayed(net)            GPU: calls are recorded and replayed, for a batch too small to keep the launching Python ahead
-    net = Recomputed(net)          trains in less than half of the memory, for a third more time
+    net = Recomputed(net)          trains in six tenths of the memory, for a third more time
 
-What each gains is in README.md, and `python bench.py` measures it.
+README.md has what they gain on a CPU, and `python bench.py` measures it; on a GPU nobody has yet.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ from gates_triton import fuse
 
 
 def on(device, net):
-    """The network on its device, in the form that is fastest there; parameters keep their names and shapes."""
+    """The network on its device, in the form that is meant to be fastest there; parameters keep their names and shapes."""
     if device.type == "cuda":
         return fuse(net.to(device))
-    return net.to(memory_format=torch.channels_last)  # oneDNN's convolutions are made for it
+    return net.to(device, memory_format=torch.channels_last)  # oneDNN's convolutions are made for it
 
 
 def keep_memory():
@@ -55,12 +55,12 @@ class Recomputed(nn.Module):
 class Replayed:
     """f(*args) for inference on a GPU, from CUDA graphs: a recording of its kernels for each shape of its tensors.
 
-    The first call of a shape runs as it is, the second is recorded: a folder of photos that all differ loses nothing. Results are
-    the caller's own. The weights may be changed in place, not replaced.
+    The first call of a shape runs as it is, the second is recorded, as photos of one size seldom come alone; where memory is short for
+    that, calls run as they are. Results are the caller's own. The weights may be changed in place, not replaced.
     """
 
     def __init__(self, f, most=8):
-        self.f, self.most, self.graphs = f, most, OrderedDict()
+        self.f, self.most, self.graphs, self.pool = f, most, OrderedDict(), None
 
     @torch.no_grad()
     def __call__(self, *args):
@@ -76,27 +76,33 @@ class Replayed:
         if self.graphs[key] is None:
             # autocast keeps half-precision copies of the weights until its context ends; a graph would outlive them
             with torch.autocast("cuda", half, enabled=half is not None, cache_enabled=False):
-                self.graphs[key] = record(self.f, args)
+                self.graphs[key] = self.record(args)
+        if self.graphs[key] is None:
+            return self.f(*args)
         graph, inputs, results = self.graphs[key]
         for still, x in zip(inputs, tensors):
             still.copy_(x)
         graph.replay()
         return cloned(results)
 
-
-def record(f, args):
-    """A graph of f(*args), the tensors that it reads from, and what it writes to."""
-    args = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(2):  # what must not happen while recording: kernels compile, cuDNN chooses
-            f(*args)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = f(*args)
-    return graph, [x for x in args if isinstance(x, torch.Tensor)], results
+    def record(self, args):
+        """A graph of f(*args), the tensors that it reads from, and what it writes to; None where memory is short."""
+        try:
+            with torch.inference_mode(False):  # whose tensors could not be written to outside of it
+                args = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):  # what must not happen while recording: kernels compile, cuDNN chooses
+                    self.f(*args)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all, as they never run at the same time
+            with torch.cuda.graph(graph, pool=self.pool):
+                results = self.f(*args)
+        except torch.OutOfMemoryError:
+            return None
+        return graph, [x for x in args if isinstance(x, torch.Tensor)], results
 
 
 def cloned(results):

@@ -43,7 +43,7 @@ except ImportError:  # macOS, Windows
 # TRITON_INTERPRET=1, set before triton is imported, runs kernels in numpy, line by line: how a CPU tests them
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024  # elements a program: 8 a thread, so a thread asks for one or two 16-byte pieces of each input at once
-SPAN = 4096  # elements that a program sums up
+SPAN = 4096  # elements that a program sums up, or up to eight times as many: see _span_of
 
 PASSES = {  # memory passes: fused, eager, and with torch.lerp(c, h, z) for eq. (5). The tests count them.
     ("update", "forward"): (4, 15, 8),
@@ -180,7 +180,7 @@ def plain_reset(e, a_r):
 
 @jit
 def _moments(mean_ptr, m2_ptr, row, M, SPLITS: tl.constexpr, SPAN: tl.constexpr, EPS: tl.constexpr):
-    """Mean and 1 / standard deviation of a group from those of its parts: a few hundred numbers, from the cache."""
+    """Mean and 1 / standard deviation of a group from those of its parts: some 256 numbers at most, from the cache."""
     k = tl.arange(0, SPLITS)
     n = tl.minimum(tl.maximum(M - k * SPAN, 0), SPAN)  # elements in part k
     here = n > 0
@@ -195,7 +195,7 @@ def _moments(mean_ptr, m2_ptr, row, M, SPLITS: tl.constexpr, SPAN: tl.constexpr,
 @jit
 def _norm_sums(x_ptr, mean_ptr, m2_ptr, M, SPAN: tl.constexpr):
     """Mean and sum of squared distances from it, of one part of a group. About its own mean, so nothing cancels."""
-    row, part = tl.program_id(0), tl.program_id(1)
+    part, row = tl.program_id(0), tl.program_id(1)  # a grid may be long along its first axis alone
     i = part * SPAN + tl.arange(0, SPAN)
     x = _load(x_ptr + row.to(tl.int64) * M, i, i < M)
     x = tl.where(i < M, x, 0.0)
@@ -211,9 +211,9 @@ def _norm_fwd(
     x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, out_ptr, groups, width, HW, M,
     RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)  # a sample's group
+    row = tl.program_id(1)  # a sample's group
     mean, rstd = _moments(mean_ptr, m2_ptr, row, M, SPLITS, SPAN, EPS)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = row % groups * width + i // HW
     w, b = _load(w_ptr, c, i < M), _load(b_ptr, c, i < M)
     start = row.to(tl.int64) * M
@@ -229,7 +229,7 @@ def _norm_bwd_sums(
     RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Of one part of one channel: the sums of g and of g * xhat, where g has passed the ReLU and xhat = (x - mean) * rstd."""
-    channel, part = tl.program_id(0), tl.program_id(1)
+    part, channel = tl.program_id(0), tl.program_id(1)
     mean, rstd = _moments(mean_ptr, m2_ptr, channel // width, M, SPLITS, SPAN, EPS)
     i = part * SPAN + tl.arange(0, SPAN)
     start, c = channel.to(tl.int64) * HW, channel % (groups * width)
@@ -248,7 +248,7 @@ def _norm_bwd(
     RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (w g - mean(w g) - xhat * mean(w g xhat)), the means over the group."""
-    row = tl.program_id(0)
+    row = tl.program_id(1)
     mean, rstd = _moments(mean_ptr, m2_ptr, row, M, SPLITS, SPAN, EPS)
     first = row % groups * width
     k, parts = tl.arange(0, PARTS), tl.cdiv(HW, SPAN)
@@ -256,7 +256,7 @@ def _norm_bwd(
     w = _load(w_ptr, first + k // parts, here)
     wg = tl.sum(tl.where(here, w * tl.load(db_ptr + at, here, 0.0), 0.0)) / M
     wgx = tl.sum(tl.where(here, w * tl.load(dw_ptr + at, here, 0.0), 0.0)) / M
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c, start = first + i // HW, row.to(tl.int64) * M
     w, b = _load(w_ptr, c, i < M), _load(b_ptr, c, i < M)
     xhat = (_load(x_ptr + start, i, i < M) - mean) * rstd
@@ -267,7 +267,9 @@ def _norm_bwd(
 
 
 class FusedNorm(torch.nn.GroupNorm):
-    """nn.GroupNorm, followed by a ReLU if `relu`: (B, C, H, W) -> the same. Same parameters, names and gradients.
+    """nn.GroupNorm, followed by a ReLU if `relu`: (B, C, H, W) -> the same. Same parameters (weight and bias are a must), names, gradients.
+
+    Under autocast PyTorch's norm answers in float32; this one computes in float32, and answers in half precision if x is.
 
     PyTorch reads x twice and writes y, then the ReLU reads and writes y: 5 memory passes, and 8 backward. Here it is 3 and 5. Eight
     groups of one photo would keep eight programs of a GPU's hundreds busy: so each group is cut into parts of SPAN elements.
@@ -276,6 +278,10 @@ class FusedNorm(torch.nn.GroupNorm):
     def __init__(self, norm, relu):
         super().__init__(norm.num_groups, norm.num_channels, norm.eps)
         self.weight, self.bias, self.relu = norm.weight, norm.bias, relu
+        self.train(norm.training)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, relu={self.relu}"
 
     def forward(self, x):
         if _runs_triton(x):
@@ -286,19 +292,26 @@ class FusedNorm(torch.nn.GroupNorm):
         return y.relu_() if self.relu else y  # its own result, so nobody misses it
 
 
+def _span_of(M):
+    """How many elements a program sums up, and with how many warps: so many that a group of a megapixel photo has 256 parts at most."""
+    span = min(max(SPAN, triton.next_power_of_2(triton.cdiv(M, 256))), 8 * SPAN)
+    return span, max(4, span // 1024)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, groups, eps, relu):
         x = x.contiguous()
         width, HW = x.shape[1] // groups, x.shape[2:].numel()
         M, rows = width * HW, len(x) * groups
-        splits = triton.cdiv(M, SPAN)
+        span, warps = _span_of(M)
+        splits = triton.cdiv(M, span)
         precise = torch.promote_types(x.dtype, torch.float32)
         mean, m2 = torch.empty(2, rows, splits, dtype=precise, device=x.device)
         out = torch.empty_like(x)
-        ctx.shape, ctx.how = (groups, width, HW, M), dict(RELU=relu, EPS=eps, SPLITS=triton.next_power_of_2(splits), SPAN=SPAN)
-        _launch_grid(_norm_sums, (rows, splits), x, mean, m2, M, SPAN=SPAN)
-        _launch_grid(_norm_fwd, (rows, triton.cdiv(M, BLOCK)), x, w, b, mean, m2, out, *ctx.shape, BLOCK=BLOCK, **ctx.how)
+        ctx.shape, ctx.how = (groups, width, HW, M), dict(RELU=relu, EPS=eps, SPLITS=triton.next_power_of_2(splits), SPAN=span)
+        _launch_grid(_norm_sums, (splits, rows), x, mean, m2, M, SPAN=span, num_warps=warps)
+        _launch_grid(_norm_fwd, (triton.cdiv(M, BLOCK), rows), x, w, b, mean, m2, out, *ctx.shape, BLOCK=BLOCK, **ctx.how)
         ctx.save_for_backward(x, w, b, mean, m2)
         return out
 
@@ -308,14 +321,15 @@ class _Norm(torch.autograd.Function):
             raise RuntimeError("the fused norm can be differentiated once; for second derivatives use torch.nn.GroupNorm")
         x, w, b, mean, m2 = ctx.saved_tensors
         g, (groups, width, HW, M) = g.contiguous(), ctx.shape
-        rows, parts = len(x) * groups, triton.cdiv(HW, SPAN)
+        span, warps = _span_of(M)
+        rows, parts = len(x) * groups, triton.cdiv(HW, span)
         sums = torch.empty(2, len(x), groups * width, parts, dtype=mean.dtype, device=x.device)
         args = g, x, w, b, mean, m2, *sums
-        _launch_grid(_norm_bwd_sums, (rows * width, parts), *args, *ctx.shape, **ctx.how)
+        _launch_grid(_norm_bwd_sums, (parts, rows * width), *args, *ctx.shape, num_warps=warps, **ctx.how)
         dx = None
         if ctx.needs_input_grad[0]:
             dx, most = torch.empty_like(x), triton.next_power_of_2(width * parts)
-            _launch_grid(_norm_bwd, (rows, triton.cdiv(M, BLOCK)), *args, dx, *ctx.shape, PARTS=most, BLOCK=BLOCK, **ctx.how)
+            _launch_grid(_norm_bwd, (triton.cdiv(M, BLOCK), rows), *args, dx, *ctx.shape, PARTS=most, BLOCK=BLOCK, **ctx.how)
         db, dw = sums.sum((1, 3)).to(w.dtype)
         return dx, dw, db, None, None, None
 
@@ -404,7 +418,7 @@ def fuse(model):
     """Swap the fused gates and norms into every unit and Sequential of the model, in place. Returns the model."""
     for layers in [m for m in model.modules() if isinstance(m, torch.nn.Sequential)]:
         for i, norm in enumerate(layers):
-            if type(norm) is torch.nn.GroupNorm:
+            if type(norm) is torch.nn.GroupNorm and norm.affine:
                 relu = i + 1 < len(layers) and isinstance(layers[i + 1], torch.nn.ReLU)
                 layers[i] = FusedNorm(norm, relu)
                 if relu:

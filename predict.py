@@ -148,19 +148,25 @@ def export(checkpoint, path):
         import onnxruntime
     except ImportError:
         raise ValueError("--export needs two more packages: pip install onnx onnxruntime") from None
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--export {path}: wanted the name of a file in a folder that exists")
     net, config, _ = load_net(checkpoint, torch.device("cpu"))
-    net, part = Exported(net, config), path.with_name(path.name + ".part")
-    to_onnx(net, torch.rand(1, 3, 97, 131), part)
-    session, off = onnxruntime.InferenceSession(part), 0.0
-    for shape in (1, 3, 96, 128), (2, 3, 59, 102):
-        image = torch.rand(shape)
-        got, want = torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), net(image)
-        off = max(off, (got - want).abs().max().item() / (1 + want.abs().max().item()))
-    if not off < 1e-3:
-        part.unlink()
-        raise ValueError(f"{path}: not written, as ONNX Runtime's logits differ from PyTorch's by {off:.1e} of the largest")
-    part.replace(path)
-    print(f"{path}: image, RGB from 0 to 1 (B, 3, h, w), short side {config.size} -> logits (B, K, h, w); within {off:.0e} of PyTorch's")
+    net, part, differences = Exported(net, config), path.with_name(path.name + ".part"), []
+    try:
+        to_onnx(net, torch.rand(1, 3, 97, 131), part)
+        session = onnxruntime.InferenceSession(part)
+        for shape in (1, 3, 96, 128), (2, 3, 59, 102):
+            image = torch.rand(shape)
+            got, want = torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), net(image)
+            differences.append(((got - want).abs().max() / (1 + want.abs().max())).item())
+        if not all(off < 1e-3 for off in differences):  # nor where one is no number
+            raise ValueError(f"ONNX Runtime's logits differ from PyTorch's by {max(differences):.1e} of the largest")
+        part.replace(path)
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # what exporter and runtime raise
+        raise ValueError(f"{path}: not written; {(str(error).splitlines() or ['?'])[0]}") from None
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"{path}: image, RGB from 0 to 1 (B, 3, h, w), short side {config.size} -> logits (B, K, h, w); within {max(differences):.0e} of PyTorch's")
 
 
 # ---------------------------------------------------------------- the command line

@@ -54,7 +54,7 @@ class Config:
     views: int = knob(1, "2 averages every photo with its mirror image when scoring, as the official code does", choices=[1, 2])
     epochs: int = knob(30, "one shows every photo once, or as many times as make 400, in whole batches")
     batch: int = knob(8, "photos a step")
-    recompute: int = knob(0, "1 trains in less than half of the memory, for a third more time", choices=[0, 1])
+    recompute: int = knob(0, "1 trains in six tenths of the memory, for a third more time", choices=[0, 1])
     lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle")
     seed: int = knob(0, "of weights, order and augmentation")
     workers: int = knob(-1, "processes that load photos; -1: none on a CPU, 4 for a GPU")
@@ -73,8 +73,8 @@ def checked(c):
             raise ValueError(f"--{name} {getattr(c, name)}: wanted a number above 0, at most 1")
     if not 0 <= c.rotate <= 180:
         raise ValueError(f"--rotate {c.rotate}: wanted degrees from 0 to 180")
-    if c.recompute and c.model not in ("dru", "sru", "dru-vgg16", "dru-resnet50"):
-        raise ValueError(f"--recompute 1: {c.model} keeps no state from pass to pass; leave it out")
+    if c.recompute and c.model not in ("dru", "sru", "dru-vgg16"):
+        raise ValueError(f"--recompute 1: works with dru, sru and dru-vgg16, and not with {c.model}; leave it out")
     if 0 < c.size < 16 or 0 < c.crop < 16:
         raise ValueError("--size and --crop: wanted at least 16, as the network halves a photo four times")
     return c
@@ -287,7 +287,7 @@ def parse(argv=None):
     args = vars(cli.parse_args(argv)) | {"out": first.out}
     resume, checkpoint = args.pop("resume"), args.pop("evaluate")
     c = checked(Config(**args))
-    kept = {"model", "level", "width", "hidden"} if checkpoint else saved.keys() - {"data", "out", "workers"}
+    kept = {"model", "level", "width", "hidden"} if checkpoint else saved.keys() - {"data", "out", "workers", "recompute"}
     for name in sorted(kept & saved.keys()):
         if args[name] != saved[name]:
             raise ValueError(f"--{name} {args[name]}: {start} was made with {saved[name]}; leave it out, or start a new run")
@@ -317,7 +317,7 @@ def main():
         if place()[1] == 1 and not short:
             raise
         told = (str(error).splitlines() or ["out of memory"])[0]
-        status = f"train.py: {told}; " + ("a smaller --batch, --crop or --size takes less" if short else "did another process end?")
+        status = f"train.py: {told}; " + ("a smaller --batch, --crop or --size takes less, and so does --recompute 1" if short else "did another process end?")
     if distributed.is_initialized() and status in (0, 130, 143):  # otherwise the others may be waiting
         distributed.destroy_process_group()
     sys.exit(status)  # only here, when train() and the workers it loads with are gone

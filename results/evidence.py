@@ -1,8 +1,7 @@
 """What recurrence buys: every run behind README's results, one line each in evidence.csv.
 
     python results/evidence.py run DATA     train and test what the csv lacks; DATA holds DRIVE/ hgr/ desks/ roads/ camvid/
-    python results/evidence.py list         say what that would be, as commands of train.py
-    python results/evidence.py tables       write the tables of README.md and results/README.md from the csv
+    python results/evidence.py list         all runs, as commands of train.py; results/tables.py makes the tables
 
 `run` may be stopped at any time and started again, and as often at once as there are cores: it resumes, and no two do the same.
 """
@@ -162,14 +161,14 @@ def do(run, root):
 def run_all(root):
     torch.set_num_threads(1)
     for run in all_runs():
-        if any((row["data"], row["system"], row["seed"]) == (run.data, run.system, str(run.seed)) for row in rows()):
-            continue
         Path(run.config.out).mkdir(parents=True, exist_ok=True)
         with open(Path(run.config.out) / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 continue  # another process is at it
+            if any((row["data"], row["system"], row["seed"]) == (run.data, run.system, str(run.seed)) for row in rows()):
+                continue
             began = time.time()
             do(run, root)
             print(f"== {run.name}: {time.time() - began:.0f} s", flush=True)

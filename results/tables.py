@@ -159,7 +159,7 @@ def vgg():
 
 MAKE = {
     "evidence": evidence,
-    "passes": ablation([(f"{n} passes", "DRU(4)" if n == 3 else f"N = {n}", n) for n in range(1, 6)]),
+    "passes": ablation([(str(n), "DRU(4)" if n == 3 else f"N = {n}", n) for n in range(1, 6)]),
     "test passes": test_passes,
     "alpha": ablation([("0.4", "DRU(4)", 3), ("0.7", "alpha = 0.7", 3), ("1", "alpha = 1", 3)]),
     "level": ablation([("4", "DRU(4)", 3), *((str(n), f"l = {n}", 3) for n in (3, 2, 1)), ("0", "DRU(0)", 3)]),
@@ -187,6 +187,8 @@ def written(text):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit(__doc__)
     status = 0
     for page in PAGES:
         before = page.read_text(encoding="utf-8")

@@ -1,12 +1,13 @@
 """A video with one pass a frame and the state carried along, against three passes a frame.
 
-    python results/video.py DATA OUT    DATA holds video_hand/ and video_davis/; appends a line a video set and way to OUT
+    python results/video.py DATA OUT    DATA holds video_hand/ and video_davis/; writes a line a video set and way to OUT
 
 DRU(4) trains on the first 60 % of each sequence's frames (the last sixth of them validates), as on photos that have nothing to do with
 each other, and is tested on the rest. Runs are kept in runs/video/ and resumed. The times want an idle machine.
 """
 
 import csv
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,10 +28,13 @@ WAYS = ["three passes a frame", "one pass, state carried", "one pass, nothing ca
 def prepare(name, source):
     """The set as a folder with lists of its own."""
     root = Path("runs/video") / name.replace(" ", "_")
-    if not root.exists():
+    if not (root / "masks").exists():
+        shutil.rmtree(root, ignore_errors=True)  # half drawn
         root.mkdir(parents=True)
         if source is None:
-            toy.draw_clips(root)
+            toy.draw_clips(root / "drawing")
+            for kind in "images", "masks":
+                (root / "drawing" / kind).rename(root / kind)
         else:
             for kind in "images", "masks":
                 (root / kind).symlink_to((source / kind).resolve())
@@ -66,6 +70,7 @@ def watch(net, photos, size, way):
 
 if __name__ == "__main__":
     data, table = sys.argv[1:]
+    rows = []
     for name, size in SETS.items():
         root = prepare(name, None if name == "toy clips" else Path(data) / name)
         out = f"runs/video/{root.name}_run"
@@ -79,5 +84,6 @@ if __name__ == "__main__":
             matrix, seconds = watch(net, photos, size, way)
             row = [name, way, len(photos), f"{scores(matrix)['IoU']:.4f}", f"{len(photos) / seconds:.1f}"]
             print(*row, sep=", ", flush=True)
-            with open(table, "a", newline="") as file:
-                csv.writer(file).writerow(row)
+            rows.append(row)
+    with open(table, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
