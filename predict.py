@@ -151,7 +151,7 @@ def export(checkpoint, path):
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--export {path}: wanted the name of a file in a folder that exists")
     net, config, _ = load_net(checkpoint, torch.device("cpu"))
-    net, part, differences = Exported(net, config), path.with_name(path.name + ".part"), []
+    net, part, differences = Exported(net, config).eval(), path.with_name(path.name + ".part"), []
     try:
         to_onnx(net, torch.rand(1, 3, 97, 131), part)
         session = onnxruntime.InferenceSession(part)
