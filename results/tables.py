@@ -42,7 +42,7 @@ def spread(values):
     if not values:
         return "awaited"
     if len(values) == 1:
-        return f"{values[0]:.3f} (one)"
+        return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}" + (")" if len(values) == 3 else f", {len(values)} seeds)")
 
 
@@ -97,7 +97,8 @@ def printed(name, about=""):
 
     def make():
         parts = (HERE / name).read_text(encoding="utf-8").strip().split("\n\n") if (HERE / name).exists() else ["awaited"]
-        return "```text\n" + "\n\n".join(part for part in parts if about in part) + "\n```"
+        chosen = "\n\n".join(part for part in parts if about in part)
+        return "```text\n" + "\n".join(line for line in chosen.splitlines() if not about or about in line or "x320" not in line) + "\n```"
 
     return make
 
