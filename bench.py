@@ -125,12 +125,12 @@ def compare(forms, rounds, warm=3):
         for name in random.Random(k).sample(list(forms), len(forms)):
             times[name].append(timed(forms[name]))
     cores = (time.process_time() - used) / (time.perf_counter() - began)
-    print(f"{'':34}{'ms':>9}{'quartiles':>20}{'times faster':>14}")
+    print(f"{'':34}{'ms':>9}{'quartiles':>20}{'times faster':>14}  (median of the rounds' ratios)")
     plain = next(iter(times.values()))
     for name, ms in times.items():
         low, mid, high = statistics.quantiles(ms, n=4)
         ratio = statistics.median(a / b for a, b in zip(plain, ms))
-        print(f"{name:34}{mid:9.1f}{f'{low:.1f} to {high:.1f}':>20}{ratio:14.2f}")
+        print(f"{name!s:34}{mid:9.1f}{f'{low:.1f} to {high:.1f}':>20}{ratio:14.2f}")
     print(f"{rounds} rounds, {cores:.2f} cores busy, {(page_faults() - faults) / rounds / len(forms):.0f} page faults a call\n")
     return {name: statistics.median(ms) for name, ms in times.items()}
 
@@ -407,36 +407,39 @@ GROW = {"passes": (1, 2, 3, 4, 6, 8), "side": (128, 192, 256, 384, 512, 768, 102
 
 
 @torch.inference_mode()
-def point(passes, side, batch):
-    """Milliseconds and MB of one call, as predict.py runs it on a CPU."""
+def call_of(passes, side, batch):
+    """A call as predict.py makes it on a CPU."""
+    net, image = on(DEVICE, plain_dru().eval()), torch.rand(batch, 3, side, side, device=DEVICE)
+    return torch.inference_mode()(lambda: net(image, passes))
+
+
+def point_memory(*at):
+    """MB that a few calls add at their highest."""
     keep_memory()
     before = high_water()
-    net, image = on(DEVICE, plain_dru().eval()), torch.rand(batch, 3, side, side, device=DEVICE)
-    times = [timed(lambda: net(image, passes)) for _ in range(18)]
-    used = torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else high_water() - before
-    return statistics.median(times[3:]), used
+    call = call_of(*at)
+    call(), call()
+    return torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else high_water() - before
 
 
-def grow(path):
-    """One axis at a time, from 3 passes over one photo of 256x256; every point in a process of its own, for its memory's sake."""
-    rows = [["axis", "value", "ms", "MB", "where"]]
-    for axis, values in GROW.items():
-        for value in values:
-            at = {"passes": 3, "side": 256, "batch": 1} | {axis: value}
-            ms, megabytes = alone("--point", *map(str, at.values()))
-            rows.append([axis, value, f"{ms:.1f}", f"{megabytes:.0f}", where()])
-            print(f"{axis} {value}: {ms:.1f} ms, {megabytes:.0f} MB", flush=True)
+def grow(path, rounds):
+    """One axis at a time, from 3 passes over one photo of 256x256. Times in shuffled rounds, memory in processes of their own."""
+    axes = [(axis, value, {"passes": 3, "side": 256, "batch": 1} | {axis: value}) for axis, values in GROW.items() for value in values]
+    points = {tuple(at.values()) for _, _, at in axes}
+    memory = {at: alone("--point", *map(str, at)) for at in points}
+    keep_memory()
+    times = compare({at: call_of(*at) for at in sorted(points)}, rounds, warm=1)
+    rows = [[axis, value, f"{times[*at.values()]:.1f}", f"{memory[*at.values()]:.0f}", where()] for axis, value, at in axes]
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows([["axis", "value", "ms", "MB", "where"], *rows])
 
 
 def alone(*flags):
-    """What this script prints with these flags, in a process of its own."""
+    """The number that this script prints with these flags, in a process of its own."""
     done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{' '.join(flags)}: {(done.stderr.strip().splitlines() or ['was killed; is memory short?'])[-1]}")
-    numbers = [float(word) for word in done.stdout.split()]
-    return numbers if len(numbers) > 1 else numbers[0]
+    return float(done.stdout)
 
 
 def main():
@@ -461,7 +464,7 @@ def main():
         elif args.training_memory:
             print(training_memory(args.training_memory))
         elif args.point:
-            print(*point(*args.point))
+            print(point_memory(*args.point))
         elif args.table:
             table(args.rounds)
         elif args.infer:
@@ -471,7 +474,7 @@ def main():
         elif args.traffic:
             traffic()
         else:
-            grow(args.grow)
+            grow(args.grow, args.rounds)
     except (ValueError, OSError) as error:  # OSError: a table that may not be written
         sys.exit(f"bench.py: {error}")
 

@@ -2364,12 +2364,13 @@ def test_bench_counts_what_the_fused_kernels_save():
 
 
 def test_bench_writes_how_it_grows(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "alone", lambda flag, *at: [float(at[0]), 7.0])
-    bench.grow(tmp_path / "growth.csv")
-    rows = (tmp_path / "growth.csv").read_text().splitlines()
-    assert len(rows) == 1 + sum(map(len, bench.GROW.values())) and rows[1].startswith("passes,1,1.0,7,")
-    ms, megabytes = bench.point(2, 32, 1)
-    assert ms > 0 and megabytes >= 0
+    monkeypatch.setattr(bench, "alone", lambda flag, *at: 7.0)
+    monkeypatch.setattr(bench, "GROW", {"passes": (1, 2), "side": (16, 32), "batch": (1,)})
+    bench.grow(tmp_path / "growth.csv", 2)
+    rows = [line.split(",")[:4] for line in (tmp_path / "growth.csv").read_text().splitlines()]
+    assert rows[0] == ["axis", "value", "ms", "MB"] and [row[:2] for row in rows[1:]] == [*map(list, (("passes", "1"), ("passes", "2"), ("side", "16"), ("side", "32"), ("batch", "1")))]
+    assert all(float(ms) > 0 and mb == "7" for _, _, ms, mb in rows[1:])
+    assert bench.point_memory(1, 16, 1) >= 0
 
 
 # ---------------------------------------------------------------- predict.py --export
@@ -2586,13 +2587,14 @@ def test_pages_show_every_picture_and_link_to_what_exists():
     pictures = {name for text in PAGES.values() for alt, name in re.findall(r"!\[([^\]]*)\]\((.+?)\)", text) if len(alt) > 30}
     assert pictures == {f"figures/{path.name}" for path in (HERE / "figures").iterdir()}
     assert {path.stem for path in (HERE / "figures").iterdir()} == set(figures.FIGURES)
-    for text in PAGES.values():
-        heads = headings(text)
+    for page, text in PAGES.items():
         assert all((HERE / name).exists() for name in re.findall(r"`(results/\w+\.\w+)`", text))
         for link in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)):
             file, _, anchor = link.partition("#")
-            assert file.startswith("https:") or (HERE / file).exists(), link
-            assert not anchor or anchor in (heads if not file else headings(PAGES[file])), link
+            if not file.startswith("https:"):
+                target = (HERE / page).parent.joinpath(file).resolve() if file else HERE / page
+                assert target.exists(), link
+                assert not anchor or anchor in headings(target.read_text(encoding="utf-8")), link
 
 
 DRAWINGS = "architecture", "alpha", "traffic", "growth"
