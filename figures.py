@@ -3,7 +3,7 @@
     python figures.py                     all; needs hands/ and runs/hands/, which README's first line makes
     python figures.py architecture alpha  these alone
 
-architecture, alpha, traffic and growth are drawings and come out byte for byte alike under one version of matplotlib. The others
+architecture, alpha, traffic, growth and evidence are drawings and come out byte for byte alike under one version of matplotlib. The others
 show what a trained network does, on toy photos: as alike as two trainings are, which on one machine is exactly.
 """
 
@@ -129,6 +129,27 @@ def growth():
     keep(figure, "growth")
 
 
+SCORE = {"DRIVE": "F1", "hgr": "IoU", "roads": "IoU", "camvid": "mIoU"}
+SHOWN = {"U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE, "Rec-Last": BLUE, "SRU(4)": GREEN, "DRU(4)": GREEN}
+
+
+def evidence():
+    """The last pass's test score of every seed in results/evidence.csv."""
+    with (Path(__file__).parent / "results/evidence.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.6), sharey=True, layout="constrained")
+    for ax, (data, score) in zip(axes, SCORE.items()):
+        for y, (system, color) in enumerate(SHOWN.items()):
+            found = [row[score].split() for row in rows if (row["data"], row["system"]) == (data, system)]
+            values = [float(v[min(len(v), 3) - 1]) for v in found]
+            ax.plot(values, [y] * len(values), "o", color=color)
+        ax.set(title=f"{data}, {score}", yticks=range(len(SHOWN)), yticklabels=list(SHOWN))
+        ax.margins(x=0.2)
+        ax.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    keep(figure, "evidence")
+
+
 # ---------------------------------------------------------------- what a trained network does
 
 
@@ -233,7 +254,7 @@ def curves():
     keep(figure, "curves")
 
 
-FIGURES = {f.__name__: f for f in (architecture, alpha, traffic, growth, passes, gates, more_passes, curves)}
+FIGURES = {f.__name__: f for f in (architecture, alpha, traffic, growth, evidence, passes, gates, more_passes, curves)}
 
 
 def keep(figure, name):

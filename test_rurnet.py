@@ -2597,7 +2597,7 @@ def test_pages_show_every_picture_and_link_to_what_exists():
                 assert not anchor or anchor in headings(target.read_text(encoding="utf-8")), link
 
 
-DRAWINGS = "architecture", "alpha", "traffic", "growth"
+DRAWINGS = "architecture", "alpha", "traffic", "growth", "evidence"
 
 
 def test_drawings_come_out_as_committed(tmp_path, monkeypatch):
