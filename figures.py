@@ -130,7 +130,7 @@ def growth():
 
 
 SCORE = {"DRIVE": "F1", "hgr": "IoU", "roads": "IoU", "camvid": "mIoU"}
-SHOWN = {"U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE, "Rec-Last": BLUE, "SRU(4)": GREEN, "DRU(4)": GREEN}
+SHOWN = {"U-Net-B": GREY, "U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE, "Rec-Last": BLUE, "SRU(4)": GREEN, "DRU(4)": GREEN}
 
 
 def evidence():
