@@ -561,12 +561,12 @@ def test_a_gradient_that_nobody_needs_gets_no_memory(gate, monkeypatch):
 NORMS = st.tuples(st.integers(0, 3), st.sampled_from([1, 2, 4]), st.integers(1, 5), st.integers(1, 12), st.integers(1, 17))
 
 
-def check_norm(x, g, norm, relu, rtol):
+def check_norm(x, g, layout, norm, relu, rtol):
     """FusedNorm against PyTorch's own group norm, in float64: result and gradients."""
     exact = [v.detach().double().requires_grad_() for v in (x, norm.weight, norm.bias)]
     want = torch.group_norm(exact[0], norm.num_groups, *exact[1:], norm.eps)  # F.group_norm refuses a group of one
     inside = want.abs() > 1e-2 if relu else torch.ones_like(want, dtype=torch.bool)  # at the corner of the ReLU rounding decides
-    g = g * inside
+    g = lay(g * inside, layout)
     want = want.relu() if relu else want
     x = x.detach().requires_grad_()
     got = FusedNorm(norm, relu)(x)
@@ -581,8 +581,8 @@ def check_norm(x, g, norm, relu, rtol):
 @needs_triton
 @law
 @given(shape=NORMS, dtype=st.sampled_from(list(TOLERANCE)), relu=st.booleans(), span=st.sampled_from([16, 64, 4096]),
-       layout=st.sampled_from(["contiguous", "channels_last", "shifted", "chunk"]), seed=seeds)  # fmt: skip
-def test_fused_norm_equals_group_norm_and_relu(shape, dtype, relu, span, layout, seed):
+       layouts=st.tuples(*2 * [st.sampled_from(["contiguous", "channels_last", "shifted", "chunk", "transposed"])]), seed=seeds)  # fmt: skip
+def test_fused_norm_equals_group_norm_and_relu(shape, dtype, relu, span, layouts, seed):
     b, groups, width, h, w = shape
     rng = torch.Generator().manual_seed(seed)
     x, g = (torch.randn(b, groups * width, h, w, generator=rng).to(DEVICE, dtype) for _ in range(2))
@@ -593,7 +593,7 @@ def test_fused_norm_equals_group_norm_and_relu(shape, dtype, relu, span, layout,
         norm.eps = 0.1  # of two or three nearly equal numbers the standard deviation is a small difference: no tolerance covers it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gates_triton, "SPAN", span)  # many parts of small tensors
-        check_norm(lay(x, layout), g, norm, relu, {torch.float64: 1e-10, torch.float32: 2e-5}.get(dtype, 2e-2))
+        check_norm(lay(x, layouts[0]), g, layouts[1], norm, relu, {torch.float64: 1e-10, torch.float32: 2e-5}.get(dtype, 2e-2))
 
 
 @needs_triton
