@@ -87,8 +87,8 @@ class Ahead:
         self.future = self.future or self.pool.submit(self.run)
 
     def run(self):
-        with tempfile.TemporaryDirectory() as at:
-            return self.work(Path(at))
+        self.folder = tempfile.TemporaryDirectory()
+        return self.work(Path(self.folder.name))
 
     def __call__(self):
         self.start()
@@ -97,13 +97,18 @@ class Ahead:
 
 @pytest.fixture(autouse=True, scope="session")
 def second_core(request):
-    """Starts what the chosen tests will ask for, in the order in which they stand in this file."""
+    """Starts what the chosen tests will ask for, in the order in which it stands in this file; what needs another comes behind it."""
     wanted = {name for item in request.session.items for name in item.function.__code__.co_names}
+    for name, job in reversed(Ahead.jobs.items()):
+        wanted |= set(job.work.__code__.co_names) if name in wanted else set()
     for name, job in Ahead.jobs.items():
         if name in wanted:
             job.start()
     yield
     Ahead.pool.shutdown(cancel_futures=True)
+    for job in Ahead.jobs.values():
+        if job.future and not job.future.cancelled():
+            job.folder.cleanup()
 
 
 def size(net):
@@ -1699,14 +1704,18 @@ def photos_of_fs(folder):
         write_pair(folder, f"p{i}", mask.point(lambda v: v % 255 * 255), image)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@Ahead
+def first_run(at):
     """Photos with an F on each, and a run of two epochs over them."""
-    at = tmp_path_factory.mktemp("run")
     photos_of_fs(at / "photos")
     done = process(HERE / "train.py", "--data", at / "photos", "--out", at / "run", *TINY)
     assert done.returncode == 0, done.stderr
     return at, done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return first_run()
 
 
 def test_a_run_leaves_what_readme_promises(trained):
@@ -1802,27 +1811,33 @@ def test_a_signal_ends_the_step_and_resume_goes_on(trained, tmp_path, monkeypatc
     assert alike(tmp_path, at / "run")
 
 
-def test_a_killed_run_can_always_be_resumed(trained, tmp_path):
-    """KILLS=100 python -m pytest -k killed    for the hundred; two are enough for every day."""
-    at, _ = trained
-    flags, rng = ["--data", at / "photos", "--out", tmp_path / "run", *TINY], np.random.default_rng(0)
+@Ahead
+def killed_and_resumed(at):
+    """A run that is killed again and again and resumed: whether every checkpoint could be read, and its weights are first_run's."""
+    home, _ = first_run()
+    flags, rng = ["--data", home / "photos", "--out", at / "run", *TINY], np.random.default_rng(0)
     for kill in range(int(os.environ.get("KILLS", 2))):
-        began = (tmp_path / "run/last.pt").exists()
+        began = (at / "run/last.pt").exists()
         command = [sys.executable, HERE / "train.py", *map(str, flags), *(["--resume"] if began else [])]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            while not (tmp_path / "run/last.pt").exists() and process.poll() is None:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as killed:
+            while not (at / "run/last.pt").exists() and killed.poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 6 if began else 2))
-            done = process.poll() == 0
-            process.kill()
+            done = killed.poll() == 0
+            killed.kill()
         if done:  # and so on with a new run
-            assert alike(tmp_path / "run", at / "run")
-            shutil.rmtree(tmp_path / "run")
+            assert alike(at / "run", home / "run")
+            shutil.rmtree(at / "run")
             continue
         for name in "last.pt", "best.pt":
-            assert name == "best.pt" and not (tmp_path / "run/best.pt").exists() or train.load(tmp_path / "run" / name)
-    assert run("train.py", *flags, *["--resume"] * (tmp_path / "run/last.pt").exists()).returncode == 0
-    assert alike(tmp_path / "run", at / "run")
+            assert name == "best.pt" and not (at / "run/best.pt").exists() or train.load(at / "run" / name)
+    resumed = process(HERE / "train.py", *flags, *["--resume"] * (at / "run/last.pt").exists())
+    return resumed.returncode, alike(at / "run", home / "run")
+
+
+def test_a_killed_run_can_always_be_resumed():
+    """KILLS=100 python -m pytest -k killed    for the hundred; two are enough for every day."""
+    assert killed_and_resumed() == (0, True)
 
 
 def torchrun(*args):
@@ -1901,18 +1916,26 @@ def test_a_process_that_dies_ends_the_others(trained, tmp_path):
     assert train.load(tmp_path / "run/last.pt") and not (tmp_path / "run/log.csv").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows knows no groups of processes")
-def test_workers_change_nothing_and_leave_with_the_run(trained, tmp_path):
-    at, _ = trained
-    flags = ["--data", at / "photos", "--out", tmp_path / "run", *TINY]
+@Ahead
+def run_with_workers(at):
+    """A run with four workers, ended by a signal to all of them, and resumed without: what it said, and whether the weights are first_run's."""
+    home, _ = first_run()
+    flags = ["--data", home / "photos", "--out", at / "run", *TINY]
     command = [sys.executable, HERE / "train.py", *map(str, flags), "--workers", "4"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as stopped:
         for _ in range(2):  # until the first epoch is told of
-            process.stdout.readline()
-        os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and many a scheduler do: to workers too
-        _, errors = process.communicate(timeout=100)  # ends when nobody holds the pipe any more
-    assert process.returncode == 143 and errors.count("\n") < 8 and "stopped after epoch" in errors, errors
-    assert run("train.py", *flags, "--resume", "--workers", "0").returncode == 0 and alike(tmp_path / "run", at / "run")
+            stopped.stdout.readline()
+        os.killpg(stopped.pid, signal.SIGTERM)  # as `timeout` and many a scheduler do: to workers too
+        _, errors = stopped.communicate(timeout=100)  # ends when nobody holds the pipe any more
+    resumed = process(HERE / "train.py", *flags, "--resume", "--workers", "0")
+    return stopped.returncode, errors, resumed.returncode, alike(at / "run", home / "run")
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows knows no groups of processes")
+def test_workers_change_nothing_and_leave_with_the_run():
+    status, errors, resumed, same = run_with_workers()
+    assert status == 143 and errors.count("\n") < 8 and "stopped after epoch" in errors, errors
+    assert resumed == 0 and same
 
 
 @pytest.mark.parametrize("spoil, words", [
