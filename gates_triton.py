@@ -180,7 +180,7 @@ def plain_reset(e, a_r):
 
 @jit
 def _moments(mean_ptr, m2_ptr, row, M, SPLITS: tl.constexpr, SPAN: tl.constexpr, EPS: tl.constexpr):
-    """Mean and 1 / standard deviation of a group from those of its parts: some 256 numbers at most, from the cache."""
+    """Mean and 1 / standard deviation of a group from those of its parts: some 256 numbers, from the cache."""
     k = tl.arange(0, SPLITS)
     n = tl.minimum(tl.maximum(M - k * SPAN, 0), SPAN)  # elements in part k
     here = n > 0

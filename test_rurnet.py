@@ -682,6 +682,8 @@ def test_a_fused_network_is_the_network(unit, level):
     torch.testing.assert_close(h_a, h_b, rtol=1e-4, atol=1e-4)
     assert fuse(fused).unit.update is fused_update  # once more changes nothing, nor does a model without a gate
     assert isinstance(fuse(torch.nn.Linear(1, 1)), torch.nn.Linear)
+    bare = torch.nn.Sequential(torch.nn.GroupNorm(2, 4, affine=False), torch.nn.ReLU())  # whose kernel has no weight to read
+    assert [type(layer) for layer in fuse(bare)] == [torch.nn.GroupNorm, torch.nn.ReLU]
 
 
 def test_a_fused_network_on_a_cpu_is_exported_traced_and_compiled():

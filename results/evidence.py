@@ -130,7 +130,7 @@ def do(run, root):
         if (Path(c.out) / "last.pt").exists():  # resumed with the settings that it began with
             c = replace(train.load(Path(c.out) / "last.pt")[1], data=c.data, out=c.out)
         train.train(c, resume=(Path(c.out) / "last.pt").exists())
-        net, _, classes = train.load_net(Path(c.out) / "best.pt", torch.device("cpu"))
+        net, *_ = train.load_net(Path(c.out) / "best.pt", torch.device("cpu"))
     finally:
         train.build = known
     log = train.load(Path(c.out) / "last.pt")[0]["log"]
