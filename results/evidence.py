@@ -51,6 +51,7 @@ ABLATIONS = {  # of DRU(4), on DRIVE and hgr
     "alpha = 1": dict(alpha=1.0),
     **{f"l = {level}": dict(level=level) for level in (3, 2, 1)},  # 0 is DRU(0)
     "width 16": dict(width=16),
+    "hidden 128": dict(hidden=128),
     "gates end in ReLU": dict(),
     "logits fed back": dict(),
     "nothing fed back": dict(),

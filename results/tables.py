@@ -168,6 +168,7 @@ MAKE = {
     "alpha": ablation([("0.4", "DRU(4)", 3), ("0.7", "alpha = 0.7", 3), ("1", "alpha = 1", 3)]),
     "level": ablation([("4", "DRU(4)", 3), *((str(n), f"l = {n}", 3) for n in (3, 2, 1)), ("0", "DRU(0)", 3)]),
     "width": ablation([("8 channels", "DRU(4)", 3), ("16 channels", "width 16", 3)]),
+    "hidden": ablation([("16 channels", "DRU(4)", 3), ("128 channels", "hidden 128", 3)]),
     "gates": ablation([("group norm", "DRU(4)", 3), ("ReLU, as in the official code", "gates end in ReLU", 3)]),
     "fed back": ablation([("probabilities", "DRU(4)", 3), ("logits", "logits fed back", 3), ("nothing", "nothing fed back", 3)]),
     "systems": systems,
