@@ -112,32 +112,46 @@ def video():
 # ---------------------------------------------------------------- single runs, and the choices
 
 
-RUNS = {  # the folder in the command: (what the page calls it, the score that it shows)
-    "hands/": ("toy set (168 / 36 / 36)", "IoU"),
-    "hgr/": ("HGR1, HGR2B, one hand a photo (116 / 28 / 50)", "IoU"),
-    "desks/": ("hands over desks and EgoHands frames (35 / 11 / 24)", "IoU"),
-    "DRIVE/": ("DRIVE (16 / 4 / 20)", "F1"),
-    "roads/": ("EPFL roads (70 / 10 / 20)", "IoU"),
-}
+RUNS = {"hands/": "IoU", "DRIVE/": "F1", "hgr/": "IoU", "desks/": "IoU", "roads/": "IoU", "CamVid/": "mIoU"}  # the folder in the command: the score shown
+
+
+def runs(folder):
+    """{command: its rows, one a pass}, in the order of the file."""
+    found = [row for row in rows("runs.csv") if f"--data {folder}" in row["command"]]
+    return {command: [row for row in found if row["command"] == command] for command in dict.fromkeys(row["command"] for row in found)}
 
 
 def single():
     lines = []
-    for folder, (title, score) in RUNS.items():
-        found = [row for row in rows("runs.csv") if f"--data {folder}" in row["command"]]
-        for command in dict.fromkeys(row["command"] for row in found):
-            passes = [row for row in found if row["command"] == command]
+    for folder, score in RUNS.items():
+        for command, passes in runs(folder).items():
             threads = {"1": "one thread", "2": "two threads"}[passes[0]["threads"]]
             values = [f"{float(row[score]):.3f}" for row in passes] + ["", ""]  # a plain U-Net has one pass
-            lines.append([title, f"`{command}`", f"{passes[0]['minutes']} ({threads})", *values[:3], score])
-    return table(["data (train / val / test photos)", "command", "minutes", "pass 1", "pass 2", "pass 3", ""], lines)
+            lines.append([f"`{command}`", passes[0]["commit"], f"{passes[0]['minutes']} ({threads})", *values[:3], score])
+    return table(["command", "commit", "minutes", "pass 1", "pass 2", "pass 3", ""], lines)
+
+
+def long():
+    """DRU(4) after each pass; the plain U-Net after as many steps, and after three times as many."""
+    lines = []
+    for folder, score in list(RUNS.items())[1:]:
+        cells = {}
+        for command, passes in runs(folder).items():
+            epochs = re.search(r"--epochs (\d+)", command)
+            cells["--model" in command, int(epochs[1]) if epochs else 30] = [f"{float(row[score]):.3f}" for row in passes]
+        dru = next((key for key in cells if not key[0]), None)
+        plain = [cells.get((True, n * dru[1]), ["awaited"])[0] for n in (1, 3)] if dru else ["awaited"] * 2
+        lines.append([f"{folder[:-1]}, {score}", *cells.get(dru, ["awaited"] * 3), *plain])
+    return table(["", "DRU(4), pass 1", "pass 2", "pass 3", "U-Net-G", "U-Net-G, 3 x steps"], lines)
 
 
 def norm():
     found = list(csv.reader((HERE / "norm.csv").open(encoding="utf-8")))
-    names = {"hands": "toy set: `hands/ 84 84`", "desks": "hands over desks: `desks/ 84 84`", "hgr": "HGR: `hgr/ 84 84`", "DRIVE": "DRIVE: `DRIVE/ 565 112`"}
-    heads = list(dict.fromkeys(row[1] for row in found))
-    return table(["", *heads], [[title, *(f"{float(v):.3f}" for d, _, v in found if d == data)] for data, title in names.items()])
+    names = {"hands": "toy set: `hands/ 84 84`", "desks": "hands over desks: `desks/ 84 84`", "hgr": "HGR: `hgr/ 84 84`", "DRIVE": "DRIVE: `DRIVE/ 565 112`",
+             "roads": "EPFL roads: `roads/ 400 112`"}  # fmt: skip
+    heads = list(dict.fromkeys(row[1] for row in found if row[0] == "roads"))
+    scored = {(data, head): f"{float(value):.3f}" for data, head, value in found}
+    return table(["", *heads], [[title, *(scored[data, head] for head in heads)] for data, title in names.items()])
 
 
 def start():
@@ -178,6 +192,7 @@ MAKE = {
     "traffic": printed("traffic.txt"),
     "video": video,
     "single": single,
+    "long": long,
     "norm": norm,
     "start": start,
     "vgg": vgg,
