@@ -1,6 +1,7 @@
 """What recurrence buys: every run behind README's results, one line each in evidence.csv.
 
-    python results/evidence.py run DATA     train and test what the csv lacks; DATA holds DRIVE/ hgr/ desks/ roads/ camvid/
+    python results/evidence.py run DATA     train and test what the csv lacks; DATA holds DRIVE/ as published, and hgr/ desks/ roads/ camvid/,
+                                            each with images/, masks/ and the three lists (CamVid's ids 0 to 11 in its masks)
     python results/evidence.py list         all runs, as commands of train.py; results/tables.py makes the tables
 
 `run` may be stopped at any time and started again, and as often at once as there are cores: it resumes, and no two do the same.

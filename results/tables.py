@@ -149,9 +149,9 @@ def norm():
     found = list(csv.reader((HERE / "norm.csv").open(encoding="utf-8")))
     names = {"hands": "toy set: `hands/ 84 84`", "desks": "hands over desks: `desks/ 84 84`", "hgr": "HGR: `hgr/ 84 84`", "DRIVE": "DRIVE: `DRIVE/ 565 112`",
              "roads": "EPFL roads: `roads/ 400 112`"}  # fmt: skip
-    heads = list(dict.fromkeys(row[1] for row in found if row[0] == "roads"))
+    heads = list(dict.fromkeys(row[1] for row in found))
     scored = {(data, head): f"{float(value):.3f}" for data, head, value in found}
-    return table(["", *heads], [[title, *(scored[data, head] for head in heads)] for data, title in names.items()])
+    return table(["", *heads], [[title, *(scored.get((data, head), "awaited") for head in heads)] for data, title in names.items()])
 
 
 def start():
