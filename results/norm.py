@@ -24,7 +24,7 @@ NORMS = {  # from the name of the layer, such as unet.down.0.1, and its channels
     "8 groups": lambda name, c: nn.GroupNorm(8, c),
     "8 groups of 2 channels or more": lambda name, c: nn.GroupNorm(min(8, c // 2), c),
     "8 groups of 4 channels or more": lambda name, c: nn.GroupNorm(min(8, c // 4), c),
-    "of 4 or more where the photo enters": lambda name, c: nn.GroupNorm(2 if name.startswith("unet.down.0.") else 8, c),
+    "8 groups, of 4 or more where the photo enters": lambda name, c: nn.GroupNorm(2 if name.startswith("unet.down.0.") else 8, c),
     "groups of 8 channels": lambda name, c: nn.GroupNorm(c // 8, c),
     "batch norm": lambda name, c: nn.BatchNorm2d(c),
 }
