@@ -3,8 +3,8 @@
     python results/norm.py results/norm.csv hands/ 84 84         table to append to, data, short side, crop;
     python results/norm.py results/norm.csv DRIVE/ 565 112       about a minute a line on one core
 
-With as many groups as channels, group norm takes every photo's own mean off every channel, and with it its colour. With fewer, channels
-that differ in their mean drown what is thin and faint. It appends what the table lacks.
+With as many groups as channels, group norm takes every photo's own mean off every channel, and with it its colour.
+It appends what the table lacks.
 """
 
 import csv
