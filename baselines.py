@@ -64,7 +64,7 @@ class ConvGRU(nn.Module):
 
     def __init__(self, c_e, c_h, update=gated_update, reset=gated_reset):
         super().__init__()
-        gate = lambda: nn.Sequential(nn.Conv2d(c_e + c_h, c_h, 1, bias=False), nn.GroupNorm(gcd(c_h, min(8, max(1, c_h // 4))), c_h))
+        gate = lambda: nn.Sequential(nn.Conv2d(c_e + c_h, c_h, 1, bias=False), nn.GroupNorm(gcd(8, c_h), c_h))
         self.net_z, self.net_r, self.net_c = gate(), gate(), gate()
         self.update, self.reset, self.c_h = update, reset, c_h
 

@@ -56,9 +56,9 @@ ReLU = partial(nn.ReLU, inplace=True)  # no gradient misses what it overwrites: 
 class DoubleConv(nn.Sequential):
     """(3x3 convolution, group norm, ReLU) twice: (B, c_in, H, W) -> (B, c_out, H, W). `end` replaces the last ReLU."""
 
-    def __init__(self, c_in, c_out, end=ReLU):
-        def group_norm():  # eight groups, or fewer of four channels: a group of one would erase a photo's colour
-            return nn.GroupNorm(gcd(c_out, min(8, max(1, c_out // 4))), c_out)
+    def __init__(self, c_in, c_out, end=ReLU, groups=8):
+        def group_norm():  # where 8 does not divide the channels, as many groups as can be
+            return nn.GroupNorm(gcd(groups, c_out), c_out)
 
         super().__init__(
             nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), group_norm(), ReLU(),
@@ -90,7 +90,8 @@ class UNet(nn.Module):
         super().__init__()
         c_out, top = c_out or widths[0], len(widths) - 1
         ins = [c_in, *widths[:-1]]
-        self.down = nn.ModuleList(DoubleConv(ins[i], widths[i]) for i in range(top))
+        groups = [max(1, min(8, widths[0] // 4)), *[8] * top]  # where a photo enters, a group of one channel would take away its colour
+        self.down = nn.ModuleList(DoubleConv(ins[i], widths[i], groups=groups[i]) for i in range(top))
         self.middle = middle or (DoubleConv(ins[top], widths[top]) if top else DoubleConv(c_in, c_out, end))
         self.up = nn.ModuleList(
             Up(widths[i + 1], widths[i], widths[i] if i else c_out, ReLU if i else end) for i in reversed(range(top))

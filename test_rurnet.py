@@ -127,16 +127,17 @@ def test_gates_equal_their_equations(shape, seed):
     torch.testing.assert_close(gated_reset(h, a_z), h / (1 + torch.exp(-a_z)))
 
 
-def norm(x, weight, bias):
+def norm(x, weight, bias, groups):
     """Group normalisation from its definition."""
-    groups = x.unflatten(1, (min(8, x.shape[1] // 4), -1))
+    groups = x.unflatten(1, (groups, -1))
     mean, var = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), keepdim=True, correction=0)
     return ((groups - mean) / (var + 1e-5).sqrt()).flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
 
 
 def double_conv(p, at, x, last_relu=True):
-    x = norm(F.conv2d(x, p[f"{at}.0.weight"], padding=1), p[f"{at}.1.weight"], p[f"{at}.1.bias"]).clamp(min=0)
-    x = norm(F.conv2d(x, p[f"{at}.3.weight"], padding=1), p[f"{at}.4.weight"], p[f"{at}.4.bias"])
+    groups = 2 if at == "outer.down.0" else 8
+    x = norm(F.conv2d(x, p[f"{at}.0.weight"], padding=1), p[f"{at}.1.weight"], p[f"{at}.1.bias"], groups).clamp(min=0)
+    x = norm(F.conv2d(x, p[f"{at}.3.weight"], padding=1), p[f"{at}.4.weight"], p[f"{at}.4.bias"], groups)
     return x.clamp(min=0) if last_relu else x
 
 
