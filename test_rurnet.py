@@ -260,7 +260,7 @@ def test_training_makes_the_loss_fall():
         truth[0, 5:20, 8:30] = truth[1, 12:28, 3:17] = 1
         image = torch.randn(2, 3, 32, 32) + truth[:, None]
         optimiser, losses = torch.optim.AdamW(net.parameters(), lr=4e-3), []
-        for _ in range(40):
+        for _ in range(60):
             losses.append(train.recurrent_loss(net(image), truth, 0.4))
             optimiser.zero_grad()
             losses[-1].backward()
@@ -1867,7 +1867,8 @@ def one_and_two_processes(at):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
 def test_two_processes_learn_what_one_learns():
     one, two, first, second = one_and_two_processes()
-    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 100 steps long
+    for row, other, rtol in zip(first, second, (1e-3, 1e-2), strict=True):  # sums in another order: by the 100th step the difference has grown
+        assert row["loss"] == pytest.approx(other["loss"], rel=rtol)
     assert [row["mIoU_3"] for row in second] == pytest.approx([row["mIoU_3"] for row in first], abs=5e-3)
     assert "and 1 more" in two.stdout and two.stdout.count("epoch   2/2") == 1 == two.stdout.count("pass    mIoU")
     tables = [[float(n) for line in done.stdout.splitlines()[-3:] for n in line.split()] for done in (one, two)]
@@ -2369,7 +2370,7 @@ def test_bench_runs_every_form_and_finds_them_equal(monkeypatch, capsys):
     monkeypatch.setattr(bench, "compare_all", lambda cases, rounds: [call() for forms in cases.values() for call in forms.values()])
     bench.infer(1, None)
     found = re.findall(r"differ by at most (\S+); (\d+) pixels", capsys.readouterr().out)
-    assert found and all(float(off) < 1e-4 and pixels == "0" for off, pixels in found)
+    assert found and all(float(off) < 1e-3 and pixels == "0" for off, pixels in found)  # logits of about 1, rounded at every norm of three passes
     monkeypatch.setattr(bench, "BATCH", (1, 3, 32, 32))
     for form in bench.TRAINING:
         bench.training_step(form)()
