@@ -57,7 +57,7 @@ torch.backends.cudnn.allow_tf32 = False  # on a GPU: its 10 bits would drown wha
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the photographs in ../shared/data")
-law = settings(deadline=None, max_examples=20)
+law = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -255,12 +255,12 @@ def test_gradients_reach_every_parameter(unit, level, alpha):
 
 
 def test_training_makes_the_loss_fall():
-    for net in RecurrentUNet(), RecurrentUNet(unit="sru", level=2, width=4), PlainUNet():
+    for net in RecurrentUNet(), RecurrentUNet(unit="sru", level=2), PlainUNet():
         truth = torch.zeros(2, 32, 32, dtype=torch.long)
         truth[0, 5:20, 8:30] = truth[1, 12:28, 3:17] = 1
         image = torch.randn(2, 3, 32, 32) + truth[:, None]
         optimiser, losses = torch.optim.AdamW(net.parameters(), lr=4e-3), []
-        for _ in range(60):
+        for _ in range(40):
             losses.append(train.recurrent_loss(net(image), truth, 0.4))
             optimiser.zero_grad()
             losses[-1].backward()
@@ -1858,7 +1858,7 @@ def one_and_two_processes(at):
         torch.optim.AdamW = lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr)  # AdamW is blind to a gradient that is twice too large
         train.main()
     """))
-    flags = ["--data", at / "photos", *TINY, "--lr", "0.02", "--out"]
+    flags = ["--data", at / "photos", *TINY, "--lr", "0.01", "--out"]
     done = process(at / "sgd.py", *flags, at / "one"), torchrun(at / "sgd.py", *flags, at / "two")
     assert done[0].returncode == done[1].returncode == 0, done[1].stderr
     return *done, *(train.load(at / name / "last.pt")[0]["log"] for name in ("one", "two"))
@@ -1867,8 +1867,7 @@ def one_and_two_processes(at):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
 def test_two_processes_learn_what_one_learns():
     one, two, first, second = one_and_two_processes()
-    for row, other, rtol in zip(first, second, (1e-3, 1e-2), strict=True):  # sums in another order: by the 100th step the difference has grown
-        assert row["loss"] == pytest.approx(other["loss"], rel=rtol)
+    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 100 steps long
     assert [row["mIoU_3"] for row in second] == pytest.approx([row["mIoU_3"] for row in first], abs=5e-3)
     assert "and 1 more" in two.stdout and two.stdout.count("epoch   2/2") == 1 == two.stdout.count("pass    mIoU")
     tables = [[float(n) for line in done.stdout.splitlines()[-3:] for n in line.split()] for done in (one, two)]
@@ -2370,7 +2369,7 @@ def test_bench_runs_every_form_and_finds_them_equal(monkeypatch, capsys):
     monkeypatch.setattr(bench, "compare_all", lambda cases, rounds: [call() for forms in cases.values() for call in forms.values()])
     bench.infer(1, None)
     found = re.findall(r"differ by at most (\S+); (\d+) pixels", capsys.readouterr().out)
-    assert found and all(float(off) < 1e-3 and pixels == "0" for off, pixels in found)  # logits of about 1, rounded at every norm of three passes
+    assert found and all(float(off) < 3e-4 and pixels == "0" for off, pixels in found)  # PyTorch's norm over channels-last is ten times less exact than its other
     monkeypatch.setattr(bench, "BATCH", (1, 3, 32, 32))
     for form in bench.TRAINING:
         bench.training_step(form)()
