@@ -1675,7 +1675,7 @@ def test_scores_equal_their_definition_by_sets(classes, seed):
 
 # ---------------------------------------------------------------- train.py and predict.py: runs
 
-TINY = ["--size", "16", "--width", "4", "--epochs", "2", "--batch", "8"]
+TINY = ["--size", "16", "--width", "4", "--epochs", "2", "--batch", "20"]
 
 
 SCRIPTS = {f"{module.__name__}.py": module for module in (train, predict, data, bench)}
@@ -1778,11 +1778,12 @@ def alike(run, other):
 
 
 @pytest.mark.parametrize("model, level", [("dru", 4), ("dru", 0), ("sru", 2), *((name, 4) for name in LIGHT if name not in ("dru", "sru"))])
-def test_a_seed_decides_the_weights(trained, tmp_path, model, level):
+def test_a_seed_decides_the_weights(trained, tmp_path, monkeypatch, model, level):
     at, _ = trained
+    monkeypatch.setattr(data.Photos, "repeat", property(lambda self: 4, lambda self, times: None), raising=False)  # four steps are enough
     shape = ["--level", str(level)] if level < 4 else []
     for name, seed in ("a", "1"), ("b", "1"), ("c", "2"):
-        flags = ["--data", at / "photos", "--out", tmp_path / name, *TINY, "--epochs", "1", "--batch", "134", "--model", model, "--seed", seed]
+        flags = ["--data", at / "photos", "--out", tmp_path / name, *TINY, "--epochs", "1", "--batch", "7", "--model", model, "--seed", seed]
         train.train(train.parse([*map(str, flags), *shape])[0])
     assert alike(tmp_path / "a", tmp_path / "b") and not alike(tmp_path / "a", tmp_path / "c")
 
@@ -1805,7 +1806,7 @@ def test_a_signal_ends_the_step_and_resume_goes_on(trained, tmp_path, monkeypatc
     flags = ["--data", str(at / "photos"), "--out", str(tmp_path), *TINY]
     steps, loss = itertools.count(), train.recurrent_loss
     with monkeypatch.context() as patch:
-        patch.setattr(train, "recurrent_loss", lambda *a: (next(steps) == 57 and signal.raise_signal(number)) or loss(*a))
+        patch.setattr(train, "recurrent_loss", lambda *a: (next(steps) == 27 and signal.raise_signal(number)) or loss(*a))
         with pytest.raises(SystemExit) as stopped:
             train.train(train.parse(flags)[0])
     assert stopped.value.code == 128 + number and "stopped after epoch 2, step 8" in capsys.readouterr().err
@@ -1867,7 +1868,7 @@ def one_and_two_processes(at):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
 def test_two_processes_learn_what_one_learns():
     one, two, first, second = one_and_two_processes()
-    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 100 steps long
+    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 40 steps long
     assert [row["mIoU_3"] for row in second] == pytest.approx([row["mIoU_3"] for row in first], abs=5e-3)
     assert "and 1 more" in two.stdout and two.stdout.count("epoch   2/2") == 1 == two.stdout.count("pass    mIoU")
     tables = [[float(n) for line in done.stdout.splitlines()[-3:] for n in line.split()] for done in (one, two)]
@@ -1948,7 +1949,7 @@ def test_workers_change_nothing_and_leave_with_the_run():
 def test_a_loss_that_is_no_number_stops_the_run(trained, tmp_path, monkeypatch, spoil, words):
     at, _ = trained
     steps, loss = itertools.count(), train.recurrent_loss
-    monkeypatch.setattr(train, "recurrent_loss", lambda *a: spoil(loss(*a)) if next(steps) == 52 else loss(*a))
+    monkeypatch.setattr(train, "recurrent_loss", lambda *a: spoil(loss(*a)) if next(steps) == 22 else loss(*a))
     with pytest.raises(ValueError, match=words + " in epoch 2, step 3, since pass 3, at learning rate .*smaller --lr"):
         train.train(train.parse(["--data", str(at / "photos"), "--out", str(tmp_path), *TINY])[0])
     content, _ = train.load(tmp_path / "last.pt")
@@ -2506,13 +2507,13 @@ def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypa
     evidence = result("evidence")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evidence, "CSV", tmp_path / "evidence.csv")
-    config = train.Config(data="photos", out="run", size=16, epochs=1)
+    config = train.Config(data="photos", out="run", size=16, epochs=1, batch=20)
     chosen = [evidence.Run("photos", "gates end in ReLU", 0, config)]
     monkeypatch.setattr(evidence, "all_runs", lambda: chosen)
     for _ in range(2):
         evidence.run_all(at)
     (row,) = evidence.rows()
-    assert row["steps"] == "50" and len(row["IoU"].split()) == 5 and int(row["parameters"]) == size(RecurrentUNet())
+    assert row["steps"] == "20" and len(row["IoU"].split()) == 5 and int(row["parameters"]) == size(RecurrentUNet())
     assert train.build.__module__ == "train"  # the variant was put back
 
 
