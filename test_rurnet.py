@@ -2488,7 +2488,7 @@ def test_tables_on_the_pages_are_what_results_say():
 def test_evidence_commands_are_what_runs():
     evidence = result("evidence")
     runs, done = list(evidence.all_runs()), {(row["data"], row["system"], row["seed"]) for row in evidence.rows()}
-    assert len({run.name for run in runs}) == len(runs) == 3 * (10 * 5 + 14 * 2)
+    assert len({run.name for run in runs}) == len(runs) == 3 * (11 * 5 + 13 * 2)
     assert done <= {(run.data, run.system, str(run.seed)) for run in runs}
     for run_ in runs:
         config, *_ = train.parse(evidence.command(run_).split(" with ")[0].split()[2:] + ["--out", run_.config.out])
