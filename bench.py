@@ -432,7 +432,7 @@ def grow(path, rounds):
     memory = {at: alone("--point", *map(str, at)) for at in points}
     keep_memory()
     times = compare({at: call_of(*at) for at in sorted(points)}, rounds, warm=1)
-    rows = [[axis, value, f"{times[*at.values()]:.1f}", f"{memory[*at.values()]:.0f}", where()] for axis, value, at in axes]
+    rows = [[axis, value, f"{times[tuple(at.values())]:.1f}", f"{memory[tuple(at.values())]:.0f}", where()] for axis, value, at in axes]
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([["axis", "value", "ms", "MB", "where"], *rows])
 
