@@ -30,9 +30,9 @@ BENCH = {"U-Net-B": "unet-b", "U-Net-G": "unet-g", "U-Net-G, 3 x steps": "unet-g
          "Rec-Last": "rec-last", "SRU(4)": "sru", "DRU(4)": "dru", "SRU(0)": "sru(0)", "DRU(0)": "dru(0)"}  # fmt: skip
 
 
-def scores(data, system, which=None, trained=3):
+def scores(data, system, which=None, trained=3, file="evidence.csv"):
     """Of every seed: the score after each test pass that the network was trained for, or after the last of them."""
-    found = [row for row in rows("evidence.csv") if (row["data"], row["system"]) == (data, system)]
+    found = [row for row in rows(file) if (row["data"], row["system"]) == (data, system)]
     every = [[float(value) for value in row[which or SCORE[data]].split()] for row in found]
     return [values[min(trained, len(values)) - 1] for values in every]
 
@@ -61,7 +61,7 @@ def ablation(names):
     def make():
         lines = []
         for name, system, trained in names:
-            cells = [spread(scores(data, system, which, trained)) for data, which in (("DRIVE", "F1"), ("hgr", "IoU"))]
+            cells = [spread(scores(data, system, which, trained, "ablations.csv")) for data, which in (("DRIVE", "F1"), ("hgr", "IoU"))]
             lines.append([name, *cells])
         return table(["", "DRIVE, F1", "hgr, IoU"], lines)
 
@@ -69,12 +69,12 @@ def ablation(names):
 
 
 def test_passes():
-    """One seed each: score after 1 to 5 test passes, by the number of passes in training."""
+    """Score after 1 to 5 test passes, by the number of passes in training."""
     lines = []
     for data, score in ("DRIVE", "F1"), ("hgr", "IoU"):
         for n in range(1, 6):
             system = "DRU(4)" if n == 3 else f"N = {n}"
-            found = [row for row in rows("evidence.csv") if (row["data"], row["system"], row["seed"]) == (data, system, "0")]
+            found = [row for row in rows("ablations.csv") if (row["data"], row["system"]) == (data, system)]
             lines.append([f"{data}, {score}", n, *([f"{float(v):.3f}" for v in found[0][score].split()] if found else ["awaited"] * 5)])
     return table(["", "passes in training", *(f"{t} in the test" for t in range(1, 6))], lines)
 
