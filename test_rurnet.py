@@ -1891,7 +1891,7 @@ def test_processes_count_every_photo_once_and_the_first_writes(trained, tmp_path
         shares.append(list(train.batches(402, c, 1, 3)))
     monkeypatch.setattr(train, "place", lambda: (0, 1))
     for *parts, batch in zip(*shares, train.batches(402, c, 1, 3), strict=True):
-        assert sorted(sum(parts, [])) == sorted(batch) and min(map(len, parts)) == 2
+        assert sorted(sum(parts, [])) == sorted(batch) and min(map(len, parts)) == 5
     shown = sum(train.batches(402, c, 1, 0), [])
     assert len(set(shown)) == 800 and [sum(epoch == e for e, _ in shown) for epoch in (1, 2)] == [400, 400]  # whole batches of 402
     monkeypatch.setattr(runs, "place", lambda: (1, 4))
