@@ -1,6 +1,6 @@
 """The tests, in the order of the files: the model, the kernels, the data, training, masks.
 
-python -m pytest -q      about three minutes on two cores, no GPU, no download
+python -m pytest -q      three to four and a half minutes on two cores, no GPU, no download
 """
 
 import contextlib
