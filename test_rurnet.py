@@ -20,8 +20,9 @@ import time
 import warnings
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: nothing here is large, and Ahead has work for a second core
 
@@ -80,34 +81,33 @@ class Ahead:
     jobs, pool = {}, ThreadPoolExecutor(1)
 
     def __init__(self, work):
-        self.work, self.future = work, None
+        self.work, self.folder, self.seen, self.lock = work, None, Future(), Lock()
         self.jobs[work.__name__] = self
 
-    def start(self):
-        self.future = self.future or self.pool.submit(self.run)
-
-    def run(self):
-        self.folder = tempfile.TemporaryDirectory()
-        return self.work(Path(self.folder.name))
-
     def __call__(self):
-        self.start()
-        return self.future.result()
+        with self.lock:  # who asks first does it, be it the second core or the test
+            if not self.seen.done():
+                self.folder = tempfile.TemporaryDirectory()
+                try:
+                    self.seen.set_result(self.work(Path(self.folder.name)))
+                except BaseException as error:
+                    self.seen.set_exception(error)
+        return self.seen.result()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def second_core(request):
-    """Starts what the chosen tests will ask for, in the order in which it stands in this file; what needs another comes behind it."""
+    """Begins with what the chosen tests ask for last, so that the two cores meet in the middle of this file."""
     wanted = {name for item in request.session.items for name in item.function.__code__.co_names}
     for name, job in reversed(Ahead.jobs.items()):
         wanted |= set(job.work.__code__.co_names) if name in wanted else set()
-    for name, job in Ahead.jobs.items():
+    for name, job in reversed(Ahead.jobs.items()):
         if name in wanted:
-            job.start()
+            Ahead.pool.submit(job)
     yield
     Ahead.pool.shutdown(cancel_futures=True)
     for job in Ahead.jobs.values():
-        if job.future and not job.future.cancelled():
+        if job.folder:
             job.folder.cleanup()
 
 
@@ -642,8 +642,7 @@ def test_fused_norm_writes_its_elements_and_no_other():
 
 
 @needs_triton
-@pytest.mark.parametrize("unit", [DRU, SRU])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("unit, layout", [(DRU, torch.channels_last), (SRU, torch.contiguous_format)], ids=str)
 def test_a_fused_unit_is_the_unit(unit, layout):
     torch.manual_seed(0)
     plain = unit(8, 16).to(DEVICE)
@@ -665,7 +664,7 @@ def test_a_fused_unit_is_the_unit(unit, layout):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("unit, level", [("dru", 4), ("sru", 0), ("dru", 2)])
+@pytest.mark.parametrize("unit, level", [("dru", 4), ("sru", 0)])
 def test_a_fused_network_is_the_network(unit, level):
     torch.manual_seed(0)
     plain = RecurrentUNet(unit=unit, level=level).to(DEVICE)
@@ -1433,7 +1432,9 @@ def test_every_system_answers_alike(name):
     dead = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not dead
     shown = re.search(rf"^    .*\b{name}\b.*?([\d.,]+(?: and [\d.]+)? million|[\d,]+(?:, [\d,]+)?)$", baselines.__doc__, re.M)[1]
-    exact = {f"{size(baselines.build(name, 2)):,}", f"{size(baselines.build(name, 2)) / 1e6:.2f}"}
+    with torch.device("meta"):
+        parameters = size(baselines.build(name, 2))
+    exact = {f"{parameters:,}", f"{parameters / 1e6:.2f}"}
     assert exact & set(re.split(r", | and | ", shown)), f"{exact}: the docstring says {shown}"
 
 
@@ -1777,7 +1778,7 @@ def alike(run, other):
     return same and strip[0] == strip[1] and len((run / "log.csv").read_text().splitlines()) == len(a["log"]) + 1
 
 
-@pytest.mark.parametrize("model, level", [("dru", 4), ("dru", 0), ("sru", 2), *((name, 4) for name in LIGHT if name not in ("dru", "sru"))])
+@pytest.mark.parametrize("model, level", [("dru", 0), ("sru", 2), ("unet-b", 4), ("rec-last", 4)])
 def test_a_seed_decides_the_weights(trained, tmp_path, monkeypatch, model, level):
     at, _ = trained
     monkeypatch.setattr(data.Photos, "repeat", property(lambda self: 4, lambda self, times: None), raising=False)  # four steps are enough
@@ -1800,16 +1801,16 @@ def test_a_pretrained_encoder_learns_at_a_fiftieth(trained, tmp_path, monkeypatc
     assert [(len(g["params"]), g["max_lr"]) for g in groups] == [(everything - encoder, 4e-3), (encoder, pytest.approx(8e-5))]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_resume_goes_on(trained, tmp_path, monkeypatch, number, capsys):
+def test_a_signal_ends_the_step_and_resume_goes_on(trained, tmp_path, monkeypatch, capsys):
+    """Ctrl-C; run_with_workers has SIGTERM."""
     at, _ = trained
     flags = ["--data", str(at / "photos"), "--out", str(tmp_path), *TINY]
     steps, loss = itertools.count(), train.recurrent_loss
     with monkeypatch.context() as patch:
-        patch.setattr(train, "recurrent_loss", lambda *a: (next(steps) == 27 and signal.raise_signal(number)) or loss(*a))
+        patch.setattr(train, "recurrent_loss", lambda *a: (next(steps) == 27 and signal.raise_signal(signal.SIGINT)) or loss(*a))
         with pytest.raises(SystemExit) as stopped:
             train.train(train.parse(flags)[0])
-    assert stopped.value.code == 128 + number and "stopped after epoch 2, step 8" in capsys.readouterr().err
+    assert stopped.value.code == 130 and "stopped after epoch 2, step 8" in capsys.readouterr().err
     assert not alike(tmp_path, at / "run")
     train.train(*train.parse([*flags, "--resume"])[:2])
     assert alike(tmp_path, at / "run")
@@ -1820,7 +1821,7 @@ def killed_and_resumed(at):
     """A run that is killed again and again and resumed: whether every checkpoint could be read, and its weights are first_run's."""
     home, _ = first_run()
     flags, rng = ["--data", home / "photos", "--out", at / "run", *TINY], np.random.default_rng(0)
-    for kill in range(int(os.environ.get("KILLS", 2))):
+    for kill in range(int(os.environ.get("KILLS", 1))):
         began = (at / "run/last.pt").exists()
         command = [sys.executable, HERE / "train.py", *map(str, flags), *(["--resume"] if began else [])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as killed:
@@ -1840,7 +1841,7 @@ def killed_and_resumed(at):
 
 
 def test_a_killed_run_can_always_be_resumed():
-    """KILLS=100 python -m pytest -k killed    for the hundred; two are enough for every day."""
+    """KILLS=100 python -m pytest -k killed    for the hundred; one is enough for every day."""
     assert killed_and_resumed() == (0, True)
 
 
@@ -1859,7 +1860,7 @@ def one_and_two_processes(at):
         torch.optim.AdamW = lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr)  # AdamW is blind to a gradient that is twice too large
         train.main()
     """))
-    flags = ["--data", at / "photos", *TINY, "--lr", "0.01", "--out"]  # at 0.02 rounding parts the tables below by a point
+    flags = ["--data", at / "photos", *TINY, "--epochs", "1", "--lr", "0.01", "--out"]  # at 0.02 rounding parts the tables below by a point
     done = process(at / "sgd.py", *flags, at / "one"), torchrun(at / "sgd.py", *flags, at / "two")
     assert done[0].returncode == done[1].returncode == 0, done[1].stderr
     return *done, *(train.load(at / name / "last.pt")[0]["log"] for name in ("one", "two"))
@@ -1868,9 +1869,9 @@ def one_and_two_processes(at):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
 def test_two_processes_learn_what_one_learns():
     one, two, first, second = one_and_two_processes()
-    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 40 steps long
+    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 20 steps long
     assert [row["mIoU_3"] for row in second] == pytest.approx([row["mIoU_3"] for row in first], abs=5e-3)
-    assert "and 1 more" in two.stdout and two.stdout.count("epoch   2/2") == 1 == two.stdout.count("pass    mIoU")
+    assert "and 1 more" in two.stdout and two.stdout.count("epoch   1/1") == 1 == two.stdout.count("pass    mIoU")
     tables = [[float(n) for line in done.stdout.splitlines()[-3:] for n in line.split()] for done in (one, two)]
     assert tables[0] == pytest.approx(tables[1], abs=5e-3)  # of one test photo: the second process has none
 
@@ -2001,7 +2002,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 @pytest.mark.parametrize("model", ["unet-b", "sru", "rec-middle"])
 def test_every_model_trains_and_predicts(trained, tmp_path, model):
     at, _ = trained
-    train.train(train.parse(["--data", str(at / "photos"), "--out", str(tmp_path / "run"), "--model", model, *TINY])[0])
+    train.train(train.parse(["--data", str(at / "photos"), "--out", str(tmp_path / "run"), "--model", model, *TINY, "--epochs", "1"])[0])
     done = run("predict.py", tmp_path / "run/best.pt", at / "photos/images", "--out", tmp_path / "masks")
     assert "8 masks" in done.stdout and len(list((tmp_path / "masks").glob("p?.png"))) == 8
 
