@@ -10,6 +10,7 @@ Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; and
 
 import argparse
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -320,6 +321,7 @@ def main():
         status = f"train.py: {told}; " + ("a smaller --batch, --crop or --size takes less, and so does --recompute 1" if short else "did another process end?")
     if distributed.is_initialized() and status in (0, 130, 143):  # otherwise the others may be waiting
         distributed.destroy_process_group()
+        os._exit(status)  # gloo's threads outlive it (DDP keeps the group); one that drops a tensor while Python ends would abort: pytorch#179291
     sys.exit(status)  # only here, when train() and the workers it loads with are gone
 
 
