@@ -35,7 +35,7 @@ from baselines import SYSTEMS, build
 from fast import Recomputed, Replayed, keep_memory, on
 from gates_triton import PASSES, FusedNorm, fuse
 from predict import to_onnx
-from rurnet import RecurrentUNet
+from rurnet import PlainUNet, RecurrentUNet
 from scoring import autocast
 from train import recurrent_loss
 
@@ -302,6 +302,7 @@ TRAINING = {  # form: the network as it is trained
     "plain, again": lambda: plain_dru(),
     "channels last": lambda: plain_dru().to(memory_format=torch.channels_last),
     "channels last, recomputed": lambda: Recomputed(plain_dru().to(memory_format=torch.channels_last)),
+    "U-Net-G, channels last": lambda: PlainUNet().to(memory_format=torch.channels_last),
 }
 if DEVICE.type == "cuda":
     TRAINING["fused"] = lambda: fuse(plain_dru())
