@@ -57,6 +57,15 @@ def evidence():
     return table(["system", "parameters", "ms", *(f"{data}, {score}" for data, score in SCORE.items())], lines)
 
 
+def looking():
+    """Means over the seeds: DRU(4) after each pass, the same trained for one pass, and the plain U-Net."""
+    lines = []
+    for data, score in SCORE.items():
+        found = [*(scores(data, "DRU(4)", trained=t) for t in (1, 2, 3)), scores(data, "N = 1", trained=1), scores(data, "U-Net-G")]
+        lines.append([f"{data}, {score}", *(f"{statistics.mean(values):.3f}" for values in found)])
+    return table(["", "pass 1", "pass 2", "pass 3", "trained for one pass", "U-Net-G"], lines)
+
+
 ABLATED = {  # a column: data set, score, file
     "DRIVE, F1, earlier norm": ("DRIVE", "F1", "ablations.csv"),
     "hgr, IoU, earlier norm": ("hgr", "IoU", "ablations.csv"),
@@ -184,6 +193,7 @@ def vgg():
 
 MAKE = {
     "evidence": evidence,
+    "looking": looking,
     "passes": ablation([(str(n), "DRU(4)" if n == 3 else f"N = {n}", n) for n in range(1, 6)]),
     "test passes": test_passes,
     "alpha": ablation([("0.4", "DRU(4)", 3), ("0.7", "alpha = 0.7", 3), ("1", "alpha = 1", 3)]),
