@@ -1,6 +1,6 @@
-"""The tests, in the order of the files: the model, the kernels, the data, training, masks.
+"""The tests, in the order of the files: the model, the kernels, the data, training, masks; then the pages, and at last whole processes.
 
-python -m pytest -q      three to four and a half minutes on two cores, no GPU, no download
+python -m pytest -q      two and a half to four minutes on two cores, no GPU, no download
 """
 
 import contextlib
@@ -1816,66 +1816,6 @@ def test_a_signal_ends_the_step_and_resume_goes_on(trained, tmp_path, monkeypatc
     assert alike(tmp_path, at / "run")
 
 
-@Ahead
-def killed_and_resumed(at):
-    """A run that is killed again and again and resumed: whether every checkpoint could be read, and its weights are first_run's."""
-    home, _ = first_run()
-    flags, rng = ["--data", home / "photos", "--out", at / "run", *TINY], np.random.default_rng(0)
-    for kill in range(int(os.environ.get("KILLS", 1))):
-        began = (at / "run/last.pt").exists()
-        command = [sys.executable, HERE / "train.py", *map(str, flags), *(["--resume"] if began else [])]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as killed:
-            while not (at / "run/last.pt").exists() and killed.poll() is None:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 6 if began else 2))
-            done = killed.poll() == 0
-            killed.kill()
-        if done:  # and so on with a new run
-            assert alike(at / "run", home / "run")
-            shutil.rmtree(at / "run")
-            continue
-        for name in "last.pt", "best.pt":
-            assert name == "best.pt" and not (at / "run/best.pt").exists() or train.load(at / "run" / name)
-    resumed = process(HERE / "train.py", *flags, *["--resume"] * (at / "run/last.pt").exists())
-    return resumed.returncode, alike(at / "run", home / "run")
-
-
-def test_a_killed_run_can_always_be_resumed():
-    """KILLS=100 python -m pytest -k killed    for the hundred; one is enough for every day."""
-    assert killed_and_resumed() == (0, True)
-
-
-def torchrun(*args):
-    return process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
-
-
-@Ahead
-def one_and_two_processes(at):
-    """The same run by one process and by two: what was said, and the logs."""
-    photos_of_fs(at / "photos")
-    (at / "sgd.py").write_text(textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(HERE)!r})
-        import torch, train
-        torch.optim.AdamW = lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr)  # AdamW is blind to a gradient that is twice too large
-        train.main()
-    """))
-    flags = ["--data", at / "photos", *TINY, "--epochs", "1", "--lr", "0.01", "--out"]  # at 0.02 rounding parts the tables below by a point
-    done = process(at / "sgd.py", *flags, at / "one"), torchrun(at / "sgd.py", *flags, at / "two")
-    assert done[0].returncode == done[1].returncode == 0, done[1].stderr
-    return *done, *(train.load(at / name / "last.pt")[0]["log"] for name in ("one", "two"))
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
-def test_two_processes_learn_what_one_learns():
-    one, two, first, second = one_and_two_processes()
-    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 20 steps long
-    assert [row["mIoU_3"] for row in second] == pytest.approx([row["mIoU_3"] for row in first], abs=5e-3)
-    assert "and 1 more" in two.stdout and two.stdout.count("epoch   1/1") == 1 == two.stdout.count("pass    mIoU")
-    tables = [[float(n) for line in done.stdout.splitlines()[-3:] for n in line.split()] for done in (one, two)]
-    assert tables[0] == pytest.approx(tables[1], abs=5e-3)  # of one test photo: the second process has none
-
-
 def test_processes_count_every_photo_once_and_the_first_writes(trained, tmp_path, monkeypatch):
     at, _ = trained
     net, c, _ = train.load_net(at / "run/best.pt", torch.device("cpu"))
@@ -1898,56 +1838,6 @@ def test_processes_count_every_photo_once_and_the_first_writes(trained, tmp_path
     monkeypatch.setattr(runs, "place", lambda: (1, 4))
     runs.save(tmp_path / "last.pt", {})
     assert not any(tmp_path.iterdir())
-
-
-@Ahead
-def one_of_two_dies(at):
-    """A run by two processes, the second of which is killed: what was said, the seconds it took, and the run's folder."""
-    home, _ = first_run()
-    (at / "dying.py").write_text(textwrap.dedent(f"""
-        import itertools, os, signal, sys
-        sys.path.insert(0, {str(HERE)!r})
-        import train
-        steps, loss = itertools.count(), train.recurrent_loss
-        def fragile(*args):
-            if os.environ["RANK"] == "1" and next(steps) == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return loss(*args)
-        train.recurrent_loss = fragile
-        train.main()
-    """))
-    began = time.time()
-    done = torchrun(at / "dying.py", "--data", home / "photos", "--out", at / "run", *TINY)
-    return done, time.time() - began, at / "run"
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
-def test_a_process_that_dies_ends_the_others():
-    done, seconds, out = one_of_two_dies()
-    assert done.returncode != 0 and "rank      : 1" in done.stderr and "SIGKILL" in done.stderr and seconds < 100
-    assert train.load(out / "last.pt") and not (out / "log.csv").exists()
-
-
-@Ahead
-def run_with_workers(at):
-    """A run with four workers, ended by a signal to all of them, and resumed without: what it said, and whether the weights are first_run's."""
-    home, _ = first_run()
-    flags = ["--data", home / "photos", "--out", at / "run", *TINY]
-    command = [sys.executable, HERE / "train.py", *map(str, flags), "--workers", "4"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as stopped:
-        for _ in range(2):  # until the first epoch is told of
-            stopped.stdout.readline()
-        os.killpg(stopped.pid, signal.SIGTERM)  # as `timeout` and many a scheduler do: to workers too
-        _, errors = stopped.communicate(timeout=100)  # ends when nobody holds the pipe any more
-    resumed = process(HERE / "train.py", *flags, "--resume", "--workers", "0")
-    return stopped.returncode, errors, resumed.returncode, alike(at / "run", home / "run")
-
-
-@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows knows no groups of processes")
-def test_workers_change_nothing_and_leave_with_the_run():
-    status, errors, resumed, same = run_with_workers()
-    assert status == 143 and errors.count("\n") < 8 and "stopped after epoch" in errors, errors
-    assert resumed == 0 and same
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -2676,3 +2566,116 @@ def test_pages_name_only_scripts_and_flags_that_exist():
         assert all(flag in helps[script] for flag in re.findall(r"--[a-z]+", flags)), (script, flags)
     for flag in re.findall(r"`(--[a-z]+)", text):
         assert any(flag in help for help in helps.values()), flag
+
+
+# ---------------------------------------------------------------- train.py in several processes, and killed
+
+
+@Ahead
+def killed_and_resumed(at):
+    """A run that is killed again and again and resumed: whether every checkpoint could be read, and its weights are first_run's."""
+    home, _ = first_run()
+    flags, rng = ["--data", home / "photos", "--out", at / "run", *TINY], np.random.default_rng(0)
+    for kill in range(int(os.environ.get("KILLS", 1))):
+        began = (at / "run/last.pt").exists()
+        command = [sys.executable, HERE / "train.py", *map(str, flags), *(["--resume"] if began else [])]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as killed:
+            while not (at / "run/last.pt").exists() and killed.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 6 if began else 2))
+            done = killed.poll() == 0
+            killed.kill()
+        if done:  # and so on with a new run
+            assert alike(at / "run", home / "run")
+            shutil.rmtree(at / "run")
+            continue
+        for name in "last.pt", "best.pt":
+            assert name == "best.pt" and not (at / "run/best.pt").exists() or train.load(at / "run" / name)
+    resumed = process(HERE / "train.py", *flags, *["--resume"] * (at / "run/last.pt").exists())
+    return resumed.returncode, alike(at / "run", home / "run")
+
+
+def test_a_killed_run_can_always_be_resumed():
+    """KILLS=100 python -m pytest -k killed    for the hundred; one is enough for every day."""
+    assert killed_and_resumed() == (0, True)
+
+
+def torchrun(*args):
+    return process("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
+
+
+@Ahead
+def one_and_two_processes(at):
+    """The same run by one process and by two: what was said, and the logs."""
+    photos_of_fs(at / "photos")
+    (at / "sgd.py").write_text(textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(HERE)!r})
+        import torch, train
+        torch.optim.AdamW = lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr)  # AdamW is blind to a gradient that is twice too large
+        train.main()
+    """))
+    flags = ["--data", at / "photos", *TINY, "--epochs", "1", "--lr", "0.01", "--out"]  # at 0.02 rounding parts the tables below by a point
+    done = process(at / "sgd.py", *flags, at / "one"), torchrun(at / "sgd.py", *flags, at / "two")
+    assert done[0].returncode == done[1].returncode == 0, done[1].stderr
+    return *done, *(train.load(at / name / "last.pt")[0]["log"] for name in ("one", "two"))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
+def test_two_processes_learn_what_one_learns():
+    one, two, first, second = one_and_two_processes()
+    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in first], rel=1e-3)  # sums in another order, 20 steps long
+    assert [row["mIoU_3"] for row in second] == pytest.approx([row["mIoU_3"] for row in first], abs=5e-3)
+    assert "and 1 more" in two.stdout and two.stdout.count("epoch   1/1") == 1 == two.stdout.count("pass    mIoU")
+    tables = [[float(n) for line in done.stdout.splitlines()[-3:] for n in line.split()] for done in (one, two)]
+    assert tables[0] == pytest.approx(tables[1], abs=5e-3)  # of one test photo: the second process has none
+
+
+@Ahead
+def one_of_two_dies(at):
+    """A run by two processes, the second of which is killed: what was said, the seconds it took, and the run's folder."""
+    home, _ = first_run()
+    (at / "dying.py").write_text(textwrap.dedent(f"""
+        import itertools, os, signal, sys
+        sys.path.insert(0, {str(HERE)!r})
+        import train
+        steps, loss = itertools.count(), train.recurrent_loss
+        def fragile(*args):
+            if os.environ["RANK"] == "1" and next(steps) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss(*args)
+        train.recurrent_loss = fragile
+        train.main()
+    """))
+    began = time.time()
+    done = torchrun(at / "dying.py", "--data", home / "photos", "--out", at / "run", *TINY)
+    return done, time.time() - began, at / "run"
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch comes without torch.distributed here")
+def test_a_process_that_dies_ends_the_others():
+    done, seconds, out = one_of_two_dies()
+    assert done.returncode != 0 and "rank      : 1" in done.stderr and "SIGKILL" in done.stderr and seconds < 100
+    assert train.load(out / "last.pt") and not (out / "log.csv").exists()
+
+
+@Ahead
+def run_with_workers(at):
+    """A run with four workers, ended by a signal to all of them, and resumed without: what it said, and whether the weights are first_run's."""
+    home, _ = first_run()
+    flags = ["--data", home / "photos", "--out", at / "run", *TINY]
+    command = [sys.executable, HERE / "train.py", *map(str, flags), "--workers", "4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as stopped:
+        for _ in range(2):  # until the first epoch is told of
+            stopped.stdout.readline()
+        os.killpg(stopped.pid, signal.SIGTERM)  # as `timeout` and many a scheduler do: to workers too
+        _, errors = stopped.communicate(timeout=100)  # ends when nobody holds the pipe any more
+    resumed = process(HERE / "train.py", *flags, "--resume", "--workers", "0")
+    return stopped.returncode, errors, resumed.returncode, alike(at / "run", home / "run")
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows knows no groups of processes")
+def test_workers_change_nothing_and_leave_with_the_run():
+    status, errors, resumed, same = run_with_workers()
+    assert status == 143 and errors.count("\n") < 8 and "stopped after epoch" in errors, errors
+    assert resumed == 0 and same
