@@ -19,7 +19,7 @@ from gates_triton import fuse
 
 
 def on(device, net):
-    """The network on its device, in the form that is meant to be fastest there; parameters keep their names and shapes."""
+    """The network on its device, in the form meant to give masks fastest there; parameters keep their names and shapes."""
     if device.type == "cuda":
         return fuse(net.to(device))
     return net.to(device, memory_format=torch.channels_last)  # oneDNN's convolutions are made for it
