@@ -1,6 +1,6 @@
 """The tests, in the order of the files: the model, the kernels, the data, training, masks; then the pages, and at last whole processes.
 
-python -m pytest -q      three to four minutes on two cores, no GPU, no download
+python -m pytest -q      two to four minutes on two cores, no GPU, no download
 """
 
 import contextlib
@@ -2386,7 +2386,7 @@ def test_tables_on_the_pages_are_what_results_say():
 def test_evidence_commands_are_what_runs():
     evidence = result("evidence")
     runs, done = list(evidence.all_runs()), {(row["data"], row["system"], row["seed"]) for row in evidence.rows()}
-    assert len({run.name for run in runs}) == len(runs) == 3 * (11 * 5 + 13 * 2)
+    assert len({run.name for run in runs}) == len(runs) == 3 * (11 * 5 + 15 * 2)
     assert done <= {(run.data, run.system, str(run.seed)) for run in runs}
     for run_ in runs:
         config, *_ = train.parse(evidence.command(run_).split(" with ")[0].split()[2:] + ["--out", run_.config.out])
@@ -2398,6 +2398,11 @@ def test_evidence_commands_are_what_runs():
         net = variant(2)
         s, (mask, _) = net.step(image, net.start(image))
         assert torch.equal(mask, wanted(s))
+    bare = evidence.bare_decoder(2).outer.up
+    assert not any(isinstance(module, torch.nn.GroupNorm) for module in bare.modules()) and size(bare) == size(RecurrentUNet().outer.up) - 2 * (64 + 32 + 16 + 8)
+    unit, e, h = evidence.reset_state(2).unit, torch.randn(1, 64, 3, 4), torch.randn(1, 16, 3, 4)
+    z, r = torch.sigmoid(unit.net_z(e)), torch.sigmoid(unit.net_r(e))
+    torch.testing.assert_close(unit(e, h), z * h + (1 - z) * torch.tanh(unit.net_c(torch.cat([e, r * h], 1))))
 
 
 def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypatch):

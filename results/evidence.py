@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import train
 from data import open_dataset
-from rurnet import RecurrentUNet
+from rurnet import DRU, DoubleConv, RecurrentUNet
 from scoring import evaluate, scores
 
 CSV = HERE / "evidence.csv"
@@ -56,6 +56,8 @@ ABLATIONS = {  # of DRU(4), on DRIVE and hgr
     "gates end in ReLU": dict(),
     "logits fed back": dict(),
     "nothing fed back": dict(),
+    "no norm in the decoder": dict(),
+    "candidate of e and r * h": dict(),
 }
 
 
@@ -81,7 +83,35 @@ def relu_gates(classes):
     return net
 
 
-BUILD = {"gates end in ReLU": relu_gates, "logits fed back": Fed, "nothing fed back": Nothing}
+def bare_decoder(classes):
+    """Its convolutions have a bias in place of the norm, as in the official code."""
+    net = RecurrentUNet(classes)
+    for up in net.outer.up:
+        for i in 0, 3:
+            up.conv[i].bias, up.conv[i + 1] = nn.Parameter(torch.zeros(up.conv[i].out_channels)), nn.Identity()
+    return net
+
+
+class Reset(DRU):
+    """The official code's other unit: the candidate sees all of e, and the state through the reset gate."""
+
+    def __init__(self, c_e, c_h):
+        super().__init__(c_e, c_h)
+        self.net_r, self.net_c = DoubleConv(c_e, c_h, nn.Identity), DoubleConv(c_e + c_h, c_h, nn.Identity)
+
+    def forward(self, e, h):
+        seen = torch.cat([e, self.reset(h, self.net_r(e))], dim=1)
+        return self.update(h, self.net_z(e), self.net_c(seen))
+
+
+def reset_state(classes):
+    net = RecurrentUNet(classes)
+    net.unit = Reset(64, net.hidden)
+    return net
+
+
+BUILD = {"gates end in ReLU": relu_gates, "logits fed back": Fed, "nothing fed back": Nothing, "no norm in the decoder": bare_decoder,
+         "candidate of e and r * h": reset_state}  # fmt: skip
 
 
 @dataclass
