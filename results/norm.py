@@ -37,6 +37,18 @@ def with_norm(net, norm):
     return net
 
 
+def learn(net, photos, order, batch):
+    """Look once at every photo of the order."""
+    optimiser = torch.optim.AdamW(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=len(order) // batch)
+    for step in range(len(order) // batch):
+        image, truth = (torch.stack(part) for part in zip(*(photos[k] for k in order[batch * step : batch * (step + 1)])))
+        optimiser.zero_grad()
+        recurrent_loss(net(image), truth, 1).backward()
+        optimiser.step()
+        schedule.step()
+
+
 def main(table, data, size, crop):
     photos = open_dataset(data, "train", int(size), augment=True, crop=int(crop), rotate=15 if size == crop else 180)
     photos.repeat = -(-1200 // len(photos))
@@ -47,14 +59,7 @@ def main(table, data, size, crop):
             continue
         torch.manual_seed(0)
         net = with_norm(PlainUNet(), norm)
-        optimiser = torch.optim.AdamW(net.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=300)
-        for step in range(300):
-            image, truth = (torch.stack(part) for part in zip(*(photos[k] for k in order[4 * step : 4 * step + 4])))
-            optimiser.zero_grad()
-            recurrent_loss(net(image), truth, 1).backward()
-            optimiser.step()
-            schedule.step()
+        learn(net, photos, order[:1200], batch=4)
         matrix = evaluate(net, open_dataset(data, "val"), Config(size=int(size)), torch.device("cpu"))[0][0]
         with open(table, "a", newline="") as file:
             csv.writer(file).writerow([Path(data).name, name, f"{scores(matrix)['IoU']:.4f}"])

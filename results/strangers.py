@@ -1,7 +1,7 @@
 """Does the norm decide how a network fares with people it has not seen? Plain U-Net, 1000 steps of 8 augmented crops.
 
     python results/strangers.py results/strangers.csv desks/ 288 176 hgr/      table to append to, data, short side, crop, other data;
-    python results/strangers.py results/strangers.csv hgr/ 128 128 desks/      four minutes a line on one core
+                                                                               four minutes a line on one core
 
 Each network is scored on its own validation photos, on those of the other data, and on its own test. It appends what the table lacks.
 """
@@ -15,10 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import open_dataset
-from norm import NORMS, with_norm
+from norm import NORMS, learn, with_norm
 from rurnet import PlainUNet
 from scoring import evaluate, scores
-from train import Config, recurrent_loss
+from train import Config
 
 COMPARED = "8 groups", "8 groups, of 4 or more where the photo enters"
 
@@ -34,14 +34,7 @@ def main(table, data, size, crop, other):
         torch.manual_seed(seed)
         order = torch.randperm(len(photos)).tolist()
         net = with_norm(PlainUNet(), NORMS[name])
-        optimiser = torch.optim.AdamW(net.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=1000)
-        for step in range(1000):
-            image, truth = (torch.stack(part) for part in zip(*(photos[k] for k in order[8 * step : 8 * step + 8])))
-            optimiser.zero_grad()
-            recurrent_loss(net(image), truth, 1).backward()
-            optimiser.step()
-            schedule.step()
+        learn(net, photos, order[:8000], batch=8)
         for folder, split in (data, "val"), (other, "val"), (data, "test"):
             matrix = evaluate(net, open_dataset(folder, split), Config(size=int(size)), torch.device("cpu"))[0][0]
             line.append(f"{scores(matrix)['IoU']:.4f}")

@@ -170,6 +170,15 @@ def norm():
     return table(["", *heads], [[title, *(scored.get((data, head), "awaited") for head in heads)] for data, title in names.items()])
 
 
+def strangers():
+    """Of the three seeds: IoU on own validation, on that of the other data, and on the own test."""
+    found = {}
+    for data, norm, _, *values in csv.reader((HERE / "strangers.csv").open(encoding="utf-8")):
+        found.setdefault(norm, []).append([float(value) for value in values])
+    lines = [[norm, *(spread(values) for values in zip(*seeds))] for norm, seeds in found.items()]
+    return table(["trained on the desks", "their validation photos", "HGR's validation photos", "their test photos"], lines)
+
+
 def start():
     found, lines = {}, []
     for _, how, _, *values in csv.reader((HERE / "start.csv").open(encoding="utf-8")):
@@ -211,6 +220,7 @@ MAKE = {
     "single": single,
     "long": long,
     "norm": norm,
+    "strangers": strangers,
     "start": start,
     "vgg": vgg,
 }
