@@ -1,6 +1,6 @@
 """The tests, in the order of the files: the model, the kernels, the data, training, masks; then the pages, and at last whole processes.
 
-python -m pytest -q      two to four minutes on two cores, no GPU, no download
+python -m pytest -q      one and a half to four minutes on two cores, no GPU, no download
 """
 
 import contextlib
