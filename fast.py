@@ -5,7 +5,7 @@
     net = Replayed(net)            GPU: calls are recorded and replayed, for a batch too small to keep the launching Python ahead
     net = Recomputed(net)          trains in six tenths of the memory, for a third more time
 
-README.md has what they gain on a CPU, and `python bench.py` measures it; on a GPU nobody has yet.
+results/README.md has what they gain on a CPU, and `python bench.py` measures it; on a GPU nobody has yet.
 """
 
 import ctypes

@@ -110,13 +110,9 @@ def systems():
                  [[n, p, f, f"{ms} ({q})", fps, mb] for n, p, f, ms, q, fps, mb in systems_rows()])  # fmt: skip
 
 
-def printed(name, about=""):
-    """What a script printed; of several paragraphs only those about something."""
-
+def printed(name):
     def make():
-        parts = (HERE / name).read_text(encoding="utf-8").strip().split("\n\n") if (HERE / name).exists() else ["awaited"]
-        chosen = "\n\n".join(part for part in parts if about in part)
-        return "```text\n" + "\n".join(line for line in chosen.splitlines() if not about or about in line or "x320" not in line) + "\n```"
+        return "```text\n" + ((HERE / name).read_text(encoding="utf-8").strip() if (HERE / name).exists() else "awaited") + "\n```"
 
     return make
 
@@ -217,8 +213,7 @@ MAKE = {
     "decoder": ablation([("group norm", "DRU(4)", 3), ("none", "no norm in the decoder", 3)]),
     "candidate": ablation([("r * e", "DRU(4)", 3), ("e and r * h", "candidate of e and r * h", 3)]),
     "systems": systems,
-    "infer": printed("infer.txt", "230x306"),
-    "infer, all": printed("infer.txt"),
+    "infer": printed("infer.txt"),
     "train": printed("train.txt"),
     "traffic": printed("traffic.txt"),
     "video": video,
