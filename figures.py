@@ -130,14 +130,15 @@ def growth():
 
 
 SCORE = {"DRIVE": "F1", "hgr": "IoU", "desks": "IoU", "roads": "IoU", "camvid": "mIoU"}
-SHOWN = {"U-Net-B": GREY, "U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE, "Rec-Last": BLUE, "SRU(4)": GREEN, "DRU(4)": GREEN}
+SHOWN = {"U-Net-B": GREY, "U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE, "Rec-Last": BLUE,
+         "SRU(4)": GREEN, "DRU(4)": GREEN, "SRU(0)": GREEN, "DRU(0)": GREEN}  # fmt: skip
 
 
 def evidence():
     """The last pass's test score of every seed in results/evidence.csv."""
     with (Path(__file__).parent / "results/evidence.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(1, len(SCORE), figsize=(13, 2.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(SCORE), figsize=(13, 3), sharey=True, layout="constrained")
     for ax, (data, score) in zip(axes, SCORE.items()):
         for y, (system, color) in enumerate(SHOWN.items()):
             found = [row[score].split() for row in rows if (row["data"], row["system"]) == (data, system)]
