@@ -151,7 +151,7 @@ def plain_dru():
 def half(call):
     def run():
         with autocast(DEVICE):
-            call()
+            return call()
 
     return run
 
@@ -302,7 +302,7 @@ TRAINING = {  # form: the network as it is trained
     "plain, again": lambda: plain_dru(),
     "channels last": lambda: plain_dru().to(memory_format=torch.channels_last),
     "channels last, recomputed": lambda: Recomputed(plain_dru().to(memory_format=torch.channels_last)),
-    "U-Net-G, channels last": lambda: PlainUNet().to(memory_format=torch.channels_last),
+    "U-Net-G, channels last": lambda: PlainUNet().to(DEVICE, memory_format=torch.channels_last),
 }
 if DEVICE.type == "cuda":
     TRAINING["fused"] = lambda: fuse(plain_dru())

@@ -195,13 +195,13 @@ def _moments(mean_ptr, m2_ptr, row, M, SPLITS: tl.constexpr, SPAN: tl.constexpr,
 @jit
 def _norm_sums(x_ptr, mean_ptr, m2_ptr, M, SPAN: tl.constexpr):
     """Mean and sum of squared distances from it, of one part of a group. About its own mean, so nothing cancels."""
-    part, row = tl.program_id(0), tl.program_id(1)  # a grid may be long along its first axis alone
+    at, parts = tl.program_id(0), tl.cdiv(M, SPAN)
+    row, part = at // parts, at % parts  # a sample's group, and which of its parts: a grid may be long along one axis alone
     i = part * SPAN + tl.arange(0, SPAN)
     x = _load(x_ptr + row.to(tl.int64) * M, i, i < M)
     x = tl.where(i < M, x, 0.0)
     mean = tl.sum(x) / tl.minimum(M - part * SPAN, SPAN)
     d = tl.where(i < M, x - mean, 0.0)
-    at = row * tl.cdiv(M, SPAN) + part
     tl.store(mean_ptr + at, mean)
     tl.store(m2_ptr + at, tl.sum(d * d))
 
@@ -211,9 +211,10 @@ def _norm_fwd(
     x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, out_ptr, groups, width, HW, M,
     RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1)  # a sample's group
+    blocks = tl.cdiv(M, BLOCK)
+    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     mean, rstd = _moments(mean_ptr, m2_ptr, row, M, SPLITS, SPAN, EPS)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = block * BLOCK + tl.arange(0, BLOCK)
     c = row % groups * width + i // HW
     w, b = _load(w_ptr, c, i < M), _load(b_ptr, c, i < M)
     start = row.to(tl.int64) * M
@@ -229,7 +230,8 @@ def _norm_bwd_sums(
     RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Of one part of one channel: the sums of g and of g * xhat, where g has passed the ReLU and xhat = (x - mean) * rstd."""
-    part, channel = tl.program_id(0), tl.program_id(1)
+    at, parts = tl.program_id(0), tl.cdiv(HW, SPAN)
+    channel, part = at // parts, at % parts
     mean, rstd = _moments(mean_ptr, m2_ptr, channel // width, M, SPLITS, SPAN, EPS)
     i = part * SPAN + tl.arange(0, SPAN)
     start, c = channel.to(tl.int64) * HW, channel % (groups * width)
@@ -237,7 +239,6 @@ def _norm_bwd_sums(
     g = tl.where(i < HW, _load(g_ptr + start, i, i < HW), 0.0)
     if RELU:
         g = tl.where(xhat * _load(w_ptr, c, None) + _load(b_ptr, c, None) <= 0, 0.0, g)
-    at = channel * tl.cdiv(HW, SPAN) + part
     tl.store(db_ptr + at, tl.sum(g))
     tl.store(dw_ptr + at, tl.sum(g * xhat))
 
@@ -248,7 +249,8 @@ def _norm_bwd(
     RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (w g - mean(w g) - xhat * mean(w g xhat)), the means over the group."""
-    row = tl.program_id(1)
+    blocks = tl.cdiv(M, BLOCK)
+    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     mean, rstd = _moments(mean_ptr, m2_ptr, row, M, SPLITS, SPAN, EPS)
     first = row % groups * width
     k, parts = tl.arange(0, PARTS), tl.cdiv(HW, SPAN)
@@ -256,7 +258,7 @@ def _norm_bwd(
     w = _load(w_ptr, first + k // parts, here)
     wg = tl.sum(tl.where(here, w * tl.load(db_ptr + at, here, 0.0), 0.0)) / M
     wgx = tl.sum(tl.where(here, w * tl.load(dw_ptr + at, here, 0.0), 0.0)) / M
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = block * BLOCK + tl.arange(0, BLOCK)
     c, start = first + i // HW, row.to(tl.int64) * M
     w, b = _load(w_ptr, c, i < M), _load(b_ptr, c, i < M)
     xhat = (_load(x_ptr + start, i, i < M) - mean) * rstd
@@ -310,8 +312,8 @@ class _Norm(torch.autograd.Function):
         mean, m2 = torch.empty(2, rows, splits, dtype=precise, device=x.device)
         out = torch.empty_like(x)
         ctx.shape, ctx.how = (groups, width, HW, M), dict(RELU=relu, EPS=eps, SPLITS=triton.next_power_of_2(splits), SPAN=span)
-        _launch_grid(_norm_sums, (splits, rows), x, mean, m2, M, SPAN=span, num_warps=warps)
-        _launch_grid(_norm_fwd, (triton.cdiv(M, BLOCK), rows), x, w, b, mean, m2, out, *ctx.shape, BLOCK=BLOCK, **ctx.how)
+        _launch_grid(_norm_sums, (rows * splits,), x, mean, m2, M, SPAN=span, num_warps=warps)
+        _launch_grid(_norm_fwd, (rows * triton.cdiv(M, BLOCK),), x, w, b, mean, m2, out, *ctx.shape, BLOCK=BLOCK, **ctx.how)
         ctx.save_for_backward(x, w, b, mean, m2)
         return out
 
@@ -325,11 +327,11 @@ class _Norm(torch.autograd.Function):
         rows, parts = len(x) * groups, triton.cdiv(HW, span)
         sums = torch.empty(2, len(x), groups * width, parts, dtype=mean.dtype, device=x.device)
         args = g, x, w, b, mean, m2, *sums
-        _launch_grid(_norm_bwd_sums, (parts, rows * width), *args, *ctx.shape, num_warps=warps, **ctx.how)
+        _launch_grid(_norm_bwd_sums, (rows * width * parts,), *args, *ctx.shape, num_warps=warps, **ctx.how)
         dx = None
         if ctx.needs_input_grad[0]:
             dx, most = torch.empty_like(x), triton.next_power_of_2(width * parts)
-            _launch_grid(_norm_bwd, (triton.cdiv(M, BLOCK), rows), *args, dx, *ctx.shape, PARTS=most, BLOCK=BLOCK, **ctx.how)
+            _launch_grid(_norm_bwd, (rows * triton.cdiv(M, BLOCK),), *args, dx, *ctx.shape, PARTS=most, BLOCK=BLOCK, **ctx.how)
         db, dw = sums.sum((1, 3)).to(w.dtype)
         return dx, dw, db, None, None, None
 

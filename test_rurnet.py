@@ -628,15 +628,26 @@ def test_fused_norm_passes_gradcheck_and_hands_on_nan():
 
 
 @needs_triton
+def test_the_norms_grids_have_one_axis(monkeypatch):
+    """CUDA takes 65,535 programs along the others: 512 photos of 128 channels would be one too many."""
+    grids, launch = [], gates_triton._launch_grid
+    monkeypatch.setattr(gates_triton, "_launch_grid", lambda kernel, grid, *args, **how: grids.append(grid) or launch(kernel, grid, *args, **how))
+    x = torch.randn(3, 4, 70, 70, device=DEVICE, requires_grad=True)
+    FusedNorm(torch.nn.GroupNorm(2, 4, device=DEVICE), True)(x).sum().backward()
+    blocks = -(-2 * 70 * 70 // gates_triton.BLOCK)
+    assert grids == [(6 * 3,), (6 * blocks,), (12 * 2,), (6 * blocks,)]
+
+
+@needs_triton
 def test_fused_norm_writes_its_elements_and_no_other():
     groups, width, hw, M = 2, 3, 77, 231
     full = lambda *shape: torch.full(shape, 7.0, device=DEVICE)
     x, w, b, m = torch.randn(groups * M + 2048, device=DEVICE), full(6), full(6), (full(groups + 9), full(groups + 9))
-    gates_triton._norm_sums[(1, groups)](x, *m, M, SPAN=256)
+    gates_triton._norm_sums[(groups,)](x, *m, M, SPAN=256)
     sums, out, dx, how = (full(15), full(15)), full(2048), full(2048), dict(RELU=False, EPS=1e-5, SPLITS=1, SPAN=256)
-    gates_triton._norm_fwd[(1, groups)](x, w, b, *m, out, groups, width, hw, M, BLOCK=512, **how)
-    gates_triton._norm_bwd_sums[(1, 6)](x, x, w, b, *m, *sums, groups, width, hw, M, **how)
-    gates_triton._norm_bwd[(1, groups)](x, x, w, b, *m, *sums, dx, groups, width, hw, M, PARTS=4, BLOCK=512, **how)
+    gates_triton._norm_fwd[(groups,)](x, w, b, *m, out, groups, width, hw, M, BLOCK=512, **how)
+    gates_triton._norm_bwd_sums[(6,)](x, x, w, b, *m, *sums, groups, width, hw, M, **how)
+    gates_triton._norm_bwd[(groups,)](x, x, w, b, *m, *sums, dx, groups, width, hw, M, PARTS=4, BLOCK=512, **how)
     for buffer, n in (m[0], groups), (m[1], groups), (out, 2 * M), (sums[0], 6), (sums[1], 6), (dx, 2 * M):
         assert (buffer[n:] == 7).all() and (buffer[:n] != 7).all()
 
