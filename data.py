@@ -14,6 +14,7 @@ The datasets of the paper are read as they are published: layouts.py has them, o
 """
 
 import argparse
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from layouts import LAYOUTS, SPLITS, VOID, Found, find_pairs, open_picture, unreadable
 
@@ -79,9 +80,12 @@ def look(pair):
     _, photo, mask, read = pair
     try:
         with Image.open(photo) as head:
-            turned = head.getexif().get(0x0112, 1) >= 5
-            size = head.size[::-1] if turned else head.size
-            head.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size
+            size = head.size
+            if head.format == "JPEG":
+                size = size[::-1] if head.getexif().get(0x0112, 1) >= 5 else size
+                head.draft("RGB", (64, 64))  # decoded at an eighth of its size
+            else:
+                size = ImageOps.exif_transpose(head).size  # of a TIFF Pillow has turned the size, and not yet the pixels
             head.load()
     except Exception as error:  # as in open_picture
         return None, None, unreadable(photo, error)
@@ -100,9 +104,17 @@ def look(pair):
         return None, None, str(error)
 
 
-@lru_cache(maxsize=8)  # the three splits of a folder are opened one after the other
 def survey(root, void=VOID, layout=None):
     """Look at every photo and mask once, so that a bad file is known before training, not in its third hour."""
+    found = find_pairs(Path(root), layout)
+    files = [(split, path) for split, pairs in found.pairs.items() for _, *paths, _ in pairs for path in paths]
+    seen = tuple((split, path, path.stat().st_mtime_ns, path.stat().st_size) for split, path in files if os.path.exists(path))
+    return looked_at(root, void, layout, Path(root).resolve(), seen, tuple(found.problems))
+
+
+@lru_cache(maxsize=8)  # the three splits of a folder are opened one after the other
+def looked_at(root, void, layout, *as_it_is):
+    """`as_it_is`: where the folder lies and when its files were written, as a folder of old may have changed."""
     found = Survey(**vars(find_pairs(Path(root), layout)))
     pairs = [pair for pairs in found.pairs.values() for pair in pairs]
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
@@ -112,6 +124,7 @@ def survey(root, void=VOID, layout=None):
             found.problems += [problem] if problem else []
     if found.names:
         found.classes = len(found.names)
+        found.problems += void_all_over(root, found, {VOID})
         found.problems += [f"--void {void}: {found.layout} decides by itself what is void; leave --void out"] * (void != VOID)
         return found
     mask_of = {photo: mask for _, photo, mask, _ in pairs}
@@ -131,14 +144,18 @@ def survey(root, void=VOID, layout=None):
     with_one, with_white = ({m for m, values in held.items() if wanted <= values} for wanted in ({1}, {0, VOID}))
     if found.classes == 2 and not found.white and with_one and with_white and not with_one & with_white:
         odd = min(with_white)
-        found.problems.append(f"{odd}: is 0 and 255, {min(with_one)} is 0 and 1; use one of the two in all masks")
-    unseen = set() if found.white else {void, VOID}
-    for split, pairs in found.pairs.items():
-        if pairs and all(held.get(mask, {0}) <= unseen for _, _, mask, _ in pairs):
-            found.problems.append(f"{root}: the masks of {split} are void all over")
+        found.problems.append(f"{odd}: is 0 and 255, {min(with_one)} is 0 and 1; use one of the two in all masks. If 255 is void: make it 2 in all, and say --void 2")
+    found.problems += void_all_over(root, found, set() if found.white else {void, VOID})
     if found.classes < 2 and not found.problems:
         found.problems.append(f"{root}: every mask holds {sorted(union)} alone; there is nothing to learn")
     return found
+
+
+def void_all_over(root, found, void):
+    """A problem for each split whose masks hold nothing else; a mask that could not be read has its own."""
+    of = lambda photo: set(np.flatnonzero(found.pixels[photo]).tolist()) if photo in found.pixels else {0}
+    blank = [split for split, pairs in found.pairs.items() if pairs and all(of(photo) <= void for _, photo, _, _ in pairs)]
+    return [f"{root}: the masks of {split} are void all over" for split in blank]
 
 
 # ---------------------------------------------------------------- the dataset
@@ -225,6 +242,8 @@ def open_dataset(root, split, size=None, augment=False, *, crop=None, rotate=15,
     """The photos of one split of a folder, as Photos describes them. A ValueError names the first problem of the folder."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; the splits are {', '.join(SPLITS)}")
+    if size and (not isinstance(size, int) or size < 16):
+        raise ValueError(f"size is {size!r}; wanted a whole number from 16, the short side in pixels, or None for photos as they are")
     found = survey(str(root), void, layout or None)
     if found.problems:
         more = len(found.problems) - 1

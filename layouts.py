@@ -314,7 +314,7 @@ def cityscapes(root):
     if not (root / "leftImg8bit").is_dir() or not (root / "gtFine").is_dir():
         return None
     found = Found("Cityscapes, its val tests, the last seventh of its training cities validates", tuple(CITYSCAPES.values()))
-    cities = sorted(path.name for path in (root / "leftImg8bit" / "train").glob("*/"))
+    cities = sorted(path.name for path in (root / "leftImg8bit" / "train").glob("*") if path.is_dir())
     held_out = set(cities[-max(1, len(cities) // 7) :])
     for part in "train", "val":
         for photo in sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):

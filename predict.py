@@ -22,6 +22,7 @@ from tqdm import tqdm
 from data import MEAN, STD, normalise, read_photo
 from fast import Replayed, keep_memory
 from layouts import ENDINGS
+from runs import memory_is_short
 from scoring import autocast, look, segment, to_photo, to_size
 from train import load_net
 
@@ -102,7 +103,9 @@ def mask_all(args):
                 mask = to_photo(s, image.shape[1:]).argmax(0).numpy()
             else:
                 mask = segment(run, image, config)[-1].argmax(0).numpy()
-        except (ValueError, MemoryError, RuntimeError) as error:  # RuntimeError is how torch says that memory is short
+        except (ValueError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, ValueError) and not memory_is_short(error):
+                raise
             told = error if isinstance(error, ValueError) else f"{path}: {(str(error).splitlines() or ['out of memory'])[0]}"
             tqdm.write(f"predict.py: {told}", file=sys.stderr)
             failed += 1

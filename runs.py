@@ -49,6 +49,11 @@ def wait_for_all():
         distributed.barrier()
 
 
+def memory_is_short(error):
+    """Whether an exception says so: torch has a class for it on GPUs, and words on CPUs."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in ("allocate memory", "not enough memory", "out of memory"))
+
+
 def say(*words, **how):
     """Print, once for all processes."""
     if place()[0] == 0:

@@ -130,7 +130,7 @@ def draw_samples(net, dataset, c, device, path, rows=4, height=160):
         photo = ((image.numpy().transpose(1, 2, 0) * STD + MEAN) * 255).round().astype(np.uint8)
         greys = [np.where(m == VOID, 96, m * 255 // (dataset.classes - 1)).astype(np.uint8) for m in (truth, *masks)]
         pictures = [Image.fromarray(photo)] + [Image.fromarray(grey).convert("RGB") for grey in greys]
-        shape = (round(height * photo.shape[1] / photo.shape[0]), height)
+        shape = (max(1, round(height * photo.shape[1] / photo.shape[0])), height)
         lines.append(np.hstack([np.pad(p.resize(shape), ((2, 2), (2, 2), (0, 0)), constant_values=255) for p in pictures]))
     wide = max(line.shape[1] for line in lines)
     sheet = [np.pad(line, ((0, 0), (0, wide - line.shape[1]), (0, 0)), constant_values=255) for line in lines]

@@ -49,7 +49,7 @@ import predict
 import runs
 import scoring
 import train
-from data import open_dataset, read_photo, survey
+from data import open_dataset, read_photo
 from gates_triton import PASSES, FusedNorm, fuse, fused_reset, fused_update
 from rurnet import DRU, SRU, PlainUNet, RecurrentUNet, UNet, gated_reset, gated_update
 from toy import draw_clips, draw_hand_photo
@@ -970,7 +970,6 @@ def test_lists_split_folders_and_seeded_split(folder, tmp_path):
         write_pair(tmp_path / "bare", f"q{i:02}")
     parts = [names(open_dataset(tmp_path / "bare", split)) for split in data.SPLITS]
     assert [len(part) for part in parts] == [14, 3, 3] and len(set(sum(parts, []))) == 20
-    survey.cache_clear()
     assert parts == [names(open_dataset(tmp_path / "bare", split)) for split in data.SPLITS]
     assert "seed 0" in open_dataset(tmp_path / "bare", "train").layout
 
@@ -1120,7 +1119,6 @@ def test_broken_datasets_say_what_is_missing(tmp_path):
     (tmp_path / "ego/_LABELLED_SAMPLES/CHESS_OFFICE_B_S/polygons.mat").write_bytes(b"MATLAB")
     with pytest.raises(ValueError, match="is no polygons.mat of EgoHands"):
         layouts.load_polygons.cache_clear()
-        survey.cache_clear()
         open_dataset(tmp_path / "ego", "train")
 
 
@@ -1140,7 +1138,6 @@ def test_drive_layout(tmp_path):
     _, mask = splits[2][0]
     assert (mask[:, :10] == 255).all() and mask[10, 12] == 1 and mask[0, 39] == 0
     shutil.rmtree(tmp_path / "test/1st_manual")  # as in copies of the data set that come without them
-    survey.cache_clear()
     with pytest.raises(ValueError, match="01_test.tif: has no vessels in 1st_manual/"):
         open_dataset(tmp_path, "train")
 
@@ -1204,6 +1201,14 @@ def remask(folder, values, i=1):
     Image.fromarray(values).save(folder / f"masks/p{i}.png")
 
 
+def turn(folder, ending):
+    """The first training photo, lying on its side in the file, and upright by its EXIF."""
+    photo, exif = folder / "images/p1.png", Image.Exif()
+    exif[0x0112] = 6
+    Image.open(photo).transpose(Image.ROTATE_90).save(photo.with_suffix(f".{ending}"), exif=exif)
+    photo.unlink()
+
+
 def pairs_of_size(folder, w, h):
     Image.new("RGB", (w, h)).save(folder / "images/p1.png")
     Image.new("L", (w, h)).save(folder / "masks/p1.png")
@@ -1255,6 +1260,8 @@ FOLDERS = {  # what is done to the folder: the words of the error, or None where
     "photo: animated GIF": (lambda f: retype(f, "gif", save_all=True, append_images=[Image.new("RGB", (40, 32))]), None),
     "photo: colour profile": (lambda f: retype(f, "png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()), None),
     "photo: broken colour profile": (lambda f: retype(f, "png", icc_profile=b"profile"), None),
+    "photo: a turned TIFF": (lambda f: turn(f, "tif"), None),
+    "photo: a turned WebP": (lambda f: turn(f, "webp"), None),
     "photo: broken EXIF": (lambda f: retype(f, "jpg", exif=b"Exif\0\0MM\0*\0\0\0\1"), None),
     "mask: text": (lambda f: (f / "masks/p1.png").write_text("hello"), "masks/p1.png: cannot be read as a picture"),
     "mask: empty": (lambda f: (f / "masks/p1.png").write_bytes(b""), "masks/p1.png: cannot be read"),
@@ -1298,11 +1305,28 @@ FOLDERS = {  # what is done to the folder: the words of the error, or None where
 }  # fmt: skip
 
 
+def test_a_folder_that_changed_is_looked_at_anew(folder, monkeypatch):
+    remask(folder, BOX * 9)
+    with pytest.raises(ValueError, match="p1.png: holds the values"):
+        open_dataset(folder, "train")
+    remask(folder, BOX * 255)
+    monkeypatch.chdir(folder.parent)
+    assert open_dataset("photos", "train")[1][1].unique().tolist() == [0, 1]
+    for i in range(6):
+        remask(folder, BOX, i)
+    assert open_dataset("photos", "train")[1][1].unique().tolist() == [0, 1]  # and not 0 and void
+    write_pair(folder.parent / "elsewhere/photos", "only")
+    monkeypatch.chdir(folder.parent / "elsewhere")
+    with pytest.raises(ValueError, match="photos"):
+        open_dataset("photos", "train")
+    with pytest.raises(ValueError, match="size is 8; wanted a whole number from 16"):
+        open_dataset(folder, "train", 8)
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_reads_right_or_says_what_is_wrong(folder, name):
     how, words = FOLDERS[name]
     how(folder)
-    survey.cache_clear()
     if words is None:
         image, mask = open_dataset(folder, "train")[1]
         assert [len(open_dataset(folder, split)) for split in data.SPLITS] == [4, 1, 1]
@@ -1695,7 +1719,6 @@ SCRIPTS = {f"{module.__name__}.py": module for module in (train, predict, data, 
 
 def run(script, *args):
     """The script as the command line calls it, within this process, which saves the seconds that torch takes to load."""
-    survey.cache_clear()
     out, errors, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         patch.setattr(sys, "argv", [script, *map(str, args)])
@@ -2113,7 +2136,6 @@ def test_fuzz_folders(folder, kind):
     @given(spoiled(content))
     def try_it(content):
         path.write_bytes(content)
-        survey.cache_clear()
         try:
             dataset = open_dataset(folder, "train", 16, augment=True)
         except ValueError as error:

@@ -28,7 +28,7 @@ import baselines
 from data import open_dataset
 from fast import Recomputed, on
 from layouts import VOID
-from runs import Interrupts, foreign, join, leave_signals, place, read, save, say, summed, wait_for_all, write_log
+from runs import Interrupts, foreign, join, leave_signals, memory_is_short, place, read, save, say, summed, wait_for_all, write_log
 from scoring import autocast, draw_samples, evaluate, print_table, scores
 
 
@@ -314,13 +314,14 @@ def main():
         text = str(error)
         status = f"train.py: {text.splitlines()[-1] if text.startswith('Caught') else text}"  # a worker's comes with its traceback
     except (RuntimeError, MemoryError) as error:
-        short = isinstance(error, MemoryError) or "memory" in str(error)
-        if place()[1] == 1 and not short:
+        short = memory_is_short(error)
+        if not short and (place()[1] == 1 or "gloo" not in str(error) and not isinstance(error, distributed.DistError)):
             raise
         told = (str(error).splitlines() or ["out of memory"])[0]
         status = f"train.py: {told}; " + ("a smaller --batch, --crop or --size takes less, and so does --recompute 1" if short else "did another process end?")
     if distributed.is_initialized() and status in (0, 130, 143):  # otherwise the others may be waiting
         distributed.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)  # gloo's threads outlive it (DDP keeps the group); one that drops a tensor while Python ends would abort: pytorch#179291
     sys.exit(status)  # only here, when train() and the workers it loads with are gone
 
