@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rurnet import DRU, DoubleConv, PlainUNet, RecurrentUNet, UNet, Up, check_image, check_passes, gated_reset, gated_update, widths_from
+from rurnet import DRU, DoubleConv, PlainUNet, RecurrentUNet, UNet, Up, check_image, check_passes, gated_reset, gated_update, widths_from, whole
 
 # ---------------------------------------------------------------- the U-Net with one thing changed
 
@@ -402,6 +402,7 @@ def build(name, classes, weights=None, **chosen):
     """The system of that name: model(image, passes) is a list of logits. ValueError for a name, option or file that is none."""
     if foreign := chosen.keys() - options(name):
         raise ValueError(f"{name} takes no {min(foreign)}; it takes {', '.join(sorted(options(name)))}")
+    whole("classes", classes, 2), whole("image_channels", chosen.get("image_channels", 3), 1)
     net = SYSTEMS[name](classes=classes, **chosen)
     if weights:
         encoder = encoder_of(net)

@@ -92,7 +92,7 @@ class UNet(nn.Module):
         ins = [c_in, *widths[:-1]]
         groups = [max(1, min(8, widths[0] // 4)), *[8] * top]  # where a photo enters, a group of one channel would take away its colour
         self.down = nn.ModuleList(DoubleConv(ins[i], widths[i], groups=groups[i]) for i in range(top))
-        self.middle = middle or (DoubleConv(ins[top], widths[top]) if top else DoubleConv(c_in, c_out, end))
+        self.middle = middle if middle is not None else (DoubleConv(ins[top], widths[top]) if top else DoubleConv(c_in, c_out, end))
         self.up = nn.ModuleList(
             Up(widths[i + 1], widths[i], widths[i] if i else c_out, ReLU if i else end) for i in reversed(range(top))
         )
@@ -119,9 +119,9 @@ class PlainUNet(nn.Module):
 
     def __init__(self, classes=2, width=8, image_channels=3):
         super().__init__()
-        self.image_channels = image_channels
+        self.image_channels = whole("image_channels", image_channels, 1)
         self.unet = UNet(image_channels, widths_from(width))
-        self.head = nn.Conv2d(width, classes, 1)
+        self.head = nn.Conv2d(width, whole("classes", classes, 2), 1)
 
     def forward(self, image, passes=None):
         check_image(image, self)
@@ -182,13 +182,10 @@ class RecurrentUNet(nn.Module):
         widths = widths_from(width)
         if unit not in UNITS:
             raise ValueError(f"unit is {unit!r}; the units are {', '.join(UNITS)}")
-        if level not in range(len(widths)):
+        if type(level) is not int or level not in range(len(widths)):
             raise ValueError(f"level is {level!r}; it counts the poolings above the unit, 0 to {len(widths) - 1}")
-        for name, value, least in ("classes", classes, 2), ("hidden", hidden, 1), ("image_channels", image_channels, 1):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}; it takes a whole number from {least}")
-        self.image_channels, self.classes, self.level, self.passes = image_channels, classes, level, check_passes(passes)
-        self.hidden = min(hidden, widths[level])
+        self.image_channels, self.classes = whole("image_channels", image_channels, 1), whole("classes", classes, 2)
+        self.level, self.hidden, self.passes = level, min(whole("hidden", hidden, 1), widths[level]), check_passes(passes)
 
         c_in = image_channels + classes
         c_e = widths[level - 1] if level else c_in
@@ -201,20 +198,19 @@ class RecurrentUNet(nn.Module):
     def start(self, image):
         """The state before the first pass: a mask without any class, as no later one can be, and nothing remembered."""
         check_image(image, self)
-        (b, _, *size), dtype = image.shape, self.head.weight.dtype
-        mask = torch.zeros(b, self.classes, *size, dtype=dtype, device=image.device)
-        h = torch.zeros(b, self.hidden, *((n + 2**self.level - 1) // 2**self.level for n in size), dtype=dtype, device=image.device)
-        return mask, h
+        return tuple(torch.zeros(shape, dtype=self.head.weight.dtype, device=image.device) for shape in self.state_shapes(image))
+
+    def state_shapes(self, image):
+        b, _, *size = image.shape
+        return (b, self.classes, *size), (b, self.hidden, *((n + 2**self.level - 1) // 2**self.level for n in size))
 
     def step(self, image, state):
         """One pass, eqs. (1)-(6): image and (mask, h) -> logits and the next (mask, h). A video hands the state on."""
         check_image(image, self)
         mask, h = state
-        if mask.shape[0] != image.shape[0] or mask.shape[2:] != image.shape[2:]:
-            raise ValueError(
-                f"the state belongs to a batch of {mask.shape[0]} at {tuple(mask.shape[2:])}, the image is {tuple(image.shape)}; "
-                "call start(image) where batch or size changes"
-            )
+        if (mask.shape, h.shape) != (wanted := self.state_shapes(image)):
+            got, wanted = ([*map(tuple, shapes)] for shapes in ((mask.shape, h.shape), wanted))
+            raise ValueError(f"the state is {got}, to an image of {tuple(image.shape)} belongs {wanted}; call start(image) where batch or size changes")
         e, skips = self.outer.encode(torch.cat([image, mask], dim=1))
         h = self.unit(e, h)
         s = self.head(self.outer.decode(self.f_s(h), skips))
@@ -232,17 +228,20 @@ class RecurrentUNet(nn.Module):
 # ---------------------------------------------------------------- checks
 
 
+def whole(name, value, least, hint=""):
+    """The value, if it is a whole number from `least`; True is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; it takes a whole number from {least}{hint}")
+    return value
+
+
 def widths_from(width):
     """Channels of the five levels."""
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"width is {width!r}; it takes a whole number from 1, the channels at level 0 (the paper: 8)")
-    return tuple(width * 2**level for level in range(5))
+    return tuple(whole("width", width, 1, ", the channels at level 0 (the paper: 8)") * 2**level for level in range(5))
 
 
 def check_passes(passes):
-    if not isinstance(passes, int) or passes < 1:
-        raise ValueError(f"passes is {passes!r}; it takes a whole number from 1 (the paper: 3)")
-    return passes
+    return whole("passes", passes, 1, " (the paper: 3)")
 
 
 def check_image(image, net):

@@ -279,10 +279,17 @@ def test_bad_calls_say_what_came_and_what_is_wanted():
         (lambda: net(image, 0), "passes is 0"),
         (lambda: net(image, 2.5), "passes is 2.5"),
         (lambda: net.step(torch.zeros(1, 3, 48, 32), net.start(image)), r"state.*call start"),
+        (lambda: net.step(image, (torch.zeros(1, 3, 32, 32), net.start(image)[1])), r"the state is \[\(1, 3, 32, 32\), .*belongs \[\(1, 2, 32, 32\)"),
+        (lambda: net.step(image, (net.start(image)[0], torch.zeros(1, 16, 1, 1))), r"the state is .*\(1, 16, 1, 1\)\].*\(1, 16, 2, 2\)\]"),
         (lambda: PlainUNet()(image[0]), r"\(3, 32, 32\)"),
+        (lambda: PlainUNet(classes=1), "classes is 1.*from 2"),
+        (lambda: baselines.build("refinenet", 1), "classes is 1.*from 2"),
+        (lambda: baselines.build("rec-last", 2, image_channels=0), "image_channels is 0"),
         (lambda: RecurrentUNet(unit="gru"), "'gru'.*dru, sru"),
         (lambda: RecurrentUNet(level=5), "level is 5.*0 to 4"),
         (lambda: RecurrentUNet(level=-1), "level is -1"),
+        (lambda: RecurrentUNet(level=2.0), "level is 2.0"),
+        (lambda: RecurrentUNet(passes=True), "passes is True"),
         (lambda: RecurrentUNet(classes=1), "classes is 1.*from 2"),
         (lambda: RecurrentUNet(width=0), "width is 0"),
         (lambda: RecurrentUNet(hidden=0), "hidden is 0"),
@@ -1112,6 +1119,10 @@ def test_broken_datasets_say_what_is_missing(tmp_path):
     blob()[0].save(tmp_path / "camvid/trainannot/0.png")
     with pytest.raises(ValueError, match="0.png: holds .* and colours; the annotations of CamVid"):
         open_dataset(tmp_path / "camvid", "train")
+    make_camvid(tmp_path / "blank")
+    save(Image.new("L", (40, 32), 11), tmp_path / "blank/valannot/1.png")
+    with pytest.raises(ValueError, match="the masks of val are void all over"):
+        open_dataset(tmp_path / "blank", "train")
     make_egohands(tmp_path / "ego")
     (tmp_path / "ego/_LABELLED_SAMPLES/CHESS_OFFICE_B_S/frame_0000.jpg").unlink()
     with pytest.raises(ValueError, match="polygons.mat: outlines 2 frames, the folder holds 1"):
@@ -1899,8 +1910,8 @@ def test_what_else_may_stop_a_run(trained, tmp_path, monkeypatch, error, status,
     monkeypatch.setattr(train, "recurrent_loss", lambda *_: (_ for _ in ()).throw(error))
     done = run("train.py", "--data", at / "photos", "--out", tmp_path, *TINY)
     assert done.returncode == status and words in done.stderr and done.stderr.count("\n") <= 1
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a mistake of ours"):
-        patch.setattr(train, "recurrent_loss", lambda *_: (_ for _ in ()).throw(RuntimeError("a mistake of ours")))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="illegal memory access"):
+        patch.setattr(train, "recurrent_loss", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access was encountered")))
         run("train.py", "--data", at / "photos", "--out", tmp_path / "other", *TINY)
 
 
@@ -1966,6 +1977,9 @@ def test_a_photo_too_large_for_memory_is_named_and_passed(trained, tmp_path, mon
     monkeypatch.setattr(predict, "segment", lambda *a: next(calls)(*a))
     done = run("predict.py", at / "run/best.pt", at / "photos/images", "--out", tmp_path / "out")
     assert done.returncode == 1 and "p1.png: " in done.stderr and "memory" in done.stderr and "1 masks" in done.stdout
+    monkeypatch.setattr(predict, "segment", lambda *_: (_ for _ in ()).throw(RuntimeError("Triton Error [CUDA]: invalid argument")))
+    with pytest.raises(RuntimeError, match="invalid argument"):  # no fault of the photo's
+        run("predict.py", at / "run/best.pt", at / "photos/images", "--out", tmp_path / "out")
 
 
 def test_frames_carry_the_state(trained, tmp_path):
