@@ -2322,6 +2322,15 @@ def test_bench_runs_every_form_and_finds_them_equal(monkeypatch, capsys):
     assert run("bench.py", "--infer", "--official", HERE).stderr.startswith("bench.py: ")
 
 
+def test_every_form_of_bench_is_on_its_device_and_answers(monkeypatch):
+    """No GPU has run bench.py yet; the meta device stands in for one here."""
+    for form, make in bench.TRAINING.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(bench, "DEVICE", torch.device("meta"))
+            assert {p.device.type for p in make().parameters()} == {"meta"}, form
+    assert bench.half(lambda: ["logits"])() == ["logits"]
+
+
 def test_bench_counts_what_the_fused_kernels_save(monkeypatch):
     """A pass saves 2 memory passes of every ReLU, 11 and 2 of the gates, and what else a norm's operator takes and gives."""
     monkeypatch.setattr(gates_triton, "_runs_triton", lambda x: False)  # what is computed does not count
