@@ -1971,13 +1971,13 @@ def test_masks_have_the_size_of_their_photos(trained, tmp_path):
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("not enough memory: you tried to allocate 9 GB")])
 def test_a_photo_too_large_for_memory_is_named_and_passed(trained, tmp_path, monkeypatch, error):
     at, _ = trained
-    segment = predict.segment
+    look = predict.look
     monkeypatch.setattr(predict, "find_inputs", lambda paths: [at / "photos/images/p0.png", at / "photos/images/p1.png"])
-    calls = iter([segment, lambda *_: (_ for _ in ()).throw(error)])
-    monkeypatch.setattr(predict, "segment", lambda *a: next(calls)(*a))
+    calls = iter([look, lambda *_: (_ for _ in ()).throw(error)])
+    monkeypatch.setattr(predict, "look", lambda *a: next(calls)(*a))
     done = run("predict.py", at / "run/best.pt", at / "photos/images", "--out", tmp_path / "out")
     assert done.returncode == 1 and "p1.png: " in done.stderr and "memory" in done.stderr and "1 masks" in done.stdout
-    monkeypatch.setattr(predict, "segment", lambda *_: (_ for _ in ()).throw(RuntimeError("Triton Error [CUDA]: invalid argument")))
+    monkeypatch.setattr(predict, "look", lambda *_: (_ for _ in ()).throw(RuntimeError("Triton Error [CUDA]: invalid argument")))
     with pytest.raises(RuntimeError, match="invalid argument"):  # no fault of the photo's
         run("predict.py", at / "run/best.pt", at / "photos/images", "--out", tmp_path / "out")
 
