@@ -3,7 +3,7 @@
     net = on(device, net)          CPU: channels last. GPU: fused kernels
     keep_memory()                  CPU: for many passes without gradients
     net = Replayed(net)            GPU: calls are recorded and replayed, for a batch too small to keep the launching Python ahead
-    net = Recomputed(net)          trains in six tenths of the memory, for a third more time
+    net = Recomputed(net)          trains in 0.55 of the memory, for 1.3 times the time
 
 results/README.md has what they gain on a CPU, and `python bench.py` measures it; on a GPU nobody has yet.
 """

@@ -32,7 +32,7 @@ BENCH = {"U-Net-B": "unet-b", "U-Net-G": "unet-g", "U-Net-G, 3 x steps": "unet-g
 
 def scores(data, system, which=None, trained=3, file="evidence.csv"):
     """Of every seed: the score after each test pass that the network was trained for, or after the last of them."""
-    found = [row for row in rows(file) if (row["data"], row["system"]) == (data, system)]
+    found = sorted((row for row in rows(file) if (row["data"], row["system"]) == (data, system)), key=lambda row: int(row["seed"]))
     every = [[float(value) for value in row[which or SCORE[data]].split()] for row in found]
     return [values[min(trained, len(values)) - 1] for values in every]
 
@@ -75,12 +75,16 @@ ABLATED = {  # a column: data set, score, file
 
 
 def ablation(names):
+    """Means where every line of a column has three seeds; otherwise seed 0 in each, beside the spread where it is known."""
+
     def make():
-        lines = []
-        for name, system, trained in names:
-            found = [(scores(data, system, which, trained, file), file) for data, which, file in ABLATED.values()]
-            lines.append([name, *(spread(values) if values or file == "evidence.csv" else "" for values, file in found)])  # of the earlier norm no more will come
-        return table(["", *ABLATED], lines)
+        columns = []
+        for data, which, file in ABLATED.values():
+            found = [scores(data, system, which, trained, file) for _, system, trained in names]
+            cells = found if all(len(values) == 3 for values in found) else [values[:1] for values in found]
+            ranges = [f", seeds {min(values):.3f} to {max(values):.3f}" if len(values) == 3 > len(cell) else "" for values, cell in zip(found, cells)]
+            columns.append([(spread(cell) if cell else "") + more for cell, more in zip(cells, ranges)])  # of the earlier norm no more will come
+        return table(["", *ABLATED], [[name, *line] for (name, *_), *line in zip(names, *columns)])
 
     return make
 
