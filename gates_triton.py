@@ -271,7 +271,7 @@ def _norm_bwd(
 class FusedNorm(torch.nn.GroupNorm):
     """nn.GroupNorm, followed by a ReLU if `relu`: (B, C, H, W) -> the same. Same parameters (weight and bias are a must), names, gradients.
 
-    Under autocast PyTorch's norm answers in float32; this one computes in float32, and answers in half precision if x is.
+    Under autocast PyTorch's norm answers in float32; this one computes in float32, and answers in half precision if x is. Of channels last it makes a contiguous copy.
 
     PyTorch reads x twice and writes y, then the ReLU reads and writes y: 5 memory passes, and 8 backward. Here it is 3 and 5. Eight
     groups of one photo would keep eight programs of a GPU's hundreds busy: so each group is cut into parts of SPAN elements.

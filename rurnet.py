@@ -149,7 +149,7 @@ class DRU(nn.Module):
 
 
 class SRU(nn.Module):
-    """Single-gated recurrent unit: DRU without the reset gate, a third lighter (a fifth at level 4)."""
+    """Single-gated recurrent unit: DRU without the reset gate. The network is a third lighter for it (a fifth at level 4)."""
 
     def __init__(self, c_e, c_h, net=partial(DoubleConv, end=nn.Identity), update=gated_update):
         super().__init__()
