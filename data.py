@@ -80,9 +80,9 @@ def look(pair):
     _, photo, mask, read = pair
     try:
         with Image.open(photo) as head:
-            size = head.size
             if head.format == "JPEG":
-                size = size[::-1] if head.getexif().get(0x0112, 1) >= 5 else size
+                turned = head.getexif().get(0x0112, 1) >= 5
+                size = head.size[::-1] if turned else head.size
                 head.draft("RGB", (64, 64))  # decoded at an eighth of its size
             else:
                 size = ImageOps.exif_transpose(head).size  # of a TIFF Pillow has turned the size, and not yet the pixels

@@ -83,7 +83,7 @@ def ablation(names):
             found = [scores(data, system, which, trained, file) for _, system, trained in names]
             cells = found if all(len(values) == 3 for values in found) else [values[:1] for values in found]
             ranges = [f", seeds {min(values):.3f} to {max(values):.3f}" if len(values) == 3 > len(cell) else "" for values, cell in zip(found, cells)]
-            columns.append([(spread(cell) if cell else "") + more for cell, more in zip(cells, ranges)])  # of the earlier norm no more will come
+            columns.append([(spread(cell) if cell else "") + more for cell, more in zip(cells, ranges)])
         return table(["", *ABLATED], [[name, *line] for (name, *_), *line in zip(names, *columns)])
 
     return make
