@@ -2580,7 +2580,7 @@ def test_pages_show_every_picture_and_link_to_what_exists():
         assert all((HERE / name).exists() for name in re.findall(r"`(results/\w+\.\w+)`", text))
         for link in re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)):
             file, _, anchor = link.partition("#")
-            if not file.startswith("https:"):
+            if not file.startswith(("https:", "http:")):
                 target = (HERE / page).parent.joinpath(file).resolve() if file else HERE / page
                 assert target.exists(), link
                 assert not anchor or anchor in headings(target.read_text(encoding="utf-8")), link

@@ -66,6 +66,15 @@ def looking():
     return table(["", "pass 1", "pass 2", "pass 3", "trained for one pass", "U-Net-G"], lines)
 
 
+def weighing():
+    """Means over the seeds: the first and the last pass of DRU(4), by the loss's alpha, and of DRU(4) trained for one pass."""
+    lines = []
+    for name, system, passes in ("0.4", "DRU(4)", 3), ("0.7", "alpha = 0.7", 3), ("1", "alpha = 1", 3), ("trained for one pass", "N = 1", 1):
+        means = [statistics.mean(scores(data, system, trained=t)) if t <= passes else None for data in ("DRIVE", "hgr") for t in (1, 3)]
+        lines.append([name, *("" if mean is None else f"{mean:.3f}" for mean in means)])
+    return table(["alpha", *(f"{which}, pass {t}" for which in ("DRIVE, F1", "hgr, IoU") for t in (1, 3))], lines)
+
+
 ABLATED = {  # a column: data set, score, file
     "DRIVE, F1": ("DRIVE", "F1", "evidence.csv"),
     "hgr, IoU": ("hgr", "IoU", "evidence.csv"),
@@ -209,6 +218,7 @@ MAKE = {
     "passes": ablation([(str(n), "DRU(4)" if n == 3 else f"N = {n}", n) for n in range(1, 6)]),
     "test passes": test_passes,
     "alpha": ablation([("0.4", "DRU(4)", 3), ("0.7", "alpha = 0.7", 3), ("1", "alpha = 1", 3)]),
+    "weighing": weighing,
     "level": ablation([("4", "DRU(4)", 3), *((str(n), f"l = {n}", 3) for n in (3, 2, 1)), ("0", "DRU(0)", 3)]),
     "width": ablation([("8 channels", "DRU(4)", 3), ("16 channels", "width 16", 3)]),
     "hidden": ablation([("16 channels", "DRU(4)", 3), ("128 channels", "hidden 128", 3)]),
