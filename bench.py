@@ -460,6 +460,8 @@ def main():
     cli.add_argument("--official", metavar="PATH", help="a checkout of the official code, to be timed by --infer")
     cli.add_argument("--rounds", type=int, default=9, help="timed calls of each form, at least 2")
     args = cli.parse_args()
+    if args.official and not args.infer:
+        cli.error("--official: is timed by --infer alone; say both")
     if args.rounds < 2:
         cli.error(f"--rounds {args.rounds}: wanted at least 2")
     try:

@@ -185,6 +185,8 @@ def main():
     args = cli.parse_args()
     if bool(args.inputs) == bool(args.export):
         cli.error("name photos or folders, or --export FILE, and not both")
+    if args.export and args.frames:
+        cli.error("--frames and --export: an exported network makes all its passes over one photo; leave one of them out")
     try:
         status = export(args.checkpoint, args.export) if args.export else mask_all(args) > 0
     except (ValueError, OSError) as error:  # OSError: a folder that may not be read or written

@@ -2028,6 +2028,7 @@ MISTAKES = [  # what is typed, and words of the one line that answers; {at} is t
     ("train.py --data {at}/photos --out {tmp} --seed -5", "--seed -5: "),
     ("train.py --data {at}/photos --out {tmp} --workers -2", "--workers -2: "),
     ("train.py --data {at}/photos --out {tmp} --model unet-g --level 2", "unet-g takes no level"),
+    ("train.py --data {at}/photos --out {tmp} --model unet-g --passes 2", "unet-g takes no passes"),
     ("train.py --data {at}/photos --out {tmp} --weights {at}/run/best.pt", "dru has no pretrained encoder"),
     ("train.py --data {at}/photos --out {tmp} --model dru-vgg16 --weights {tmp}/absent.pth", "absent.pth: "),
     ("predict.py {at}/run/best.pt {tmp}/absent.jpg", "absent.jpg: no such file or folder"),
@@ -2297,6 +2298,7 @@ def test_bench_prints_a_row_for_every_system(monkeypatch, capsys):
         ms, low, high, per_second, memory = float(row[3]), float(row[4]), float(row[6]), float(row[7]), float(row[8])
         assert 0 < low <= ms <= high and per_second == pytest.approx(1000 / ms, rel=0.05) and memory > 0
     assert run("bench.py").returncode == 2
+    assert "say both" in run("bench.py", "--train", "--official", "x").stderr
 
 
 def test_bench_compares_forms_within_shuffled_rounds(capsys, monkeypatch):
@@ -2416,6 +2418,7 @@ def test_export_asks_for_what_it_needs(trained, tmp_path, monkeypatch):
     done = run("predict.py", at / "run/best.pt", "--export", tmp_path / "dru.onnx")
     assert done.stderr == "predict.py: --export needs two more packages: pip install onnx onnxruntime\n"
     assert run("predict.py", at / "run/best.pt").returncode == 2  # neither photos nor --export
+    assert "--frames and --export" in run("predict.py", at / "run/best.pt", "--export", "x.onnx", "--frames").stderr
 
 
 # ---------------------------------------------------------------- results/

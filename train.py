@@ -83,7 +83,7 @@ def checked(c):
 
 def build(c, classes):
     """The network that a Config names. A setting that it does not have is refused, unless it was left as it is."""
-    takes = baselines.options(c.model) | {name for name in ("level", "width", "hidden") if getattr(c, name) != getattr(Config, name)}
+    takes = baselines.options(c.model) | {name for name in ("level", "width", "hidden", "passes") if getattr(c, name) != getattr(Config, name)}
     return baselines.build(c.model, classes, c.weights, **{name: getattr(c, name) for name in takes - {"image_channels"}})
 
 
