@@ -1,4 +1,4 @@
-"""What keeps a run safe: several processes, checkpoints that are never half written, signals, and a log without gaps."""
+"""What keeps a run safe: several processes, checkpoints that are never half written, signals, a log without gaps, and an end in one sentence."""
 
 import csv
 import os
@@ -150,3 +150,31 @@ def write_log(log, out):
     right.legend()
     figure.savefig(out / "curves.png", dpi=80)
     plt.close(figure)
+
+
+# ---------------------------------------------------------------- the end
+
+
+def status_of(error):
+    """How train.py ends after an exception: a number, a sentence, or None where the traceback should be seen."""
+    text = str(error)
+    if isinstance(error, SystemExit):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):  # outside of training, or for the second time
+        return 130
+    if isinstance(error, (ValueError, OSError)):  # OSError: a full disk, a folder that may not be written
+        return f"train.py: {text.splitlines()[-1] if text.startswith('Caught') else text}"  # a worker's comes with its traceback
+    first = (text.splitlines() or ["out of memory"])[0]
+    if memory_is_short(error):
+        return f"train.py: {first}; a smaller --batch, --crop or --size takes less, and so does --recompute 1"
+    if place()[1] > 1 and ("gloo" in text or isinstance(error, distributed.DistError)):
+        return f"train.py: {first}; did another process end?"
+
+
+def leave(status):
+    """End this process with that number, or that sentence."""
+    if distributed.is_initialized() and status in (0, 130, 143):  # otherwise the others may be waiting
+        distributed.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)  # gloo's threads outlive it (DDP keeps the group); one that drops a tensor while Python ends would abort: pytorch#179291
+    sys.exit(status)

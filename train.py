@@ -10,8 +10,6 @@ Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; and
 
 import argparse
 import math
-import os
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
@@ -28,7 +26,7 @@ import baselines
 from data import open_dataset
 from fast import Recomputed, on
 from layouts import VOID
-from runs import Interrupts, foreign, join, leave_signals, memory_is_short, place, read, save, say, summed, wait_for_all, write_log
+from runs import Interrupts, foreign, join, leave, leave_signals, place, read, save, say, status_of, summed, wait_for_all, write_log
 from scoring import autocast, draw_samples, evaluate, print_table, scores
 
 
@@ -306,24 +304,10 @@ def main():
             wait_for_all()  # until best.pt is there
         test(c, checkpoint or Path(c.out) / "best.pt")
         status = 0
-    except SystemExit as stop:
-        status = stop.code
-    except KeyboardInterrupt:  # outside of training, or for the second time
-        status = 130
-    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written
-        text = str(error)
-        status = f"train.py: {text.splitlines()[-1] if text.startswith('Caught') else text}"  # a worker's comes with its traceback
-    except (RuntimeError, MemoryError) as error:
-        short = memory_is_short(error)
-        if not short and (place()[1] == 1 or "gloo" not in str(error) and not isinstance(error, distributed.DistError)):
+    except BaseException as error:
+        if (status := status_of(error)) is None:
             raise
-        told = (str(error).splitlines() or ["out of memory"])[0]
-        status = f"train.py: {told}; " + ("a smaller --batch, --crop or --size takes less, and so does --recompute 1" if short else "did another process end?")
-    if distributed.is_initialized() and status in (0, 130, 143):  # otherwise the others may be waiting
-        distributed.destroy_process_group()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)  # gloo's threads outlive it (DDP keeps the group); one that drops a tensor while Python ends would abort: pytorch#179291
-    sys.exit(status)  # only here, when train() and the workers it loads with are gone
+    leave(status)  # only here, when train() and the workers it loads with are gone
 
 
 if __name__ == "__main__":
