@@ -130,6 +130,7 @@ def growth():
 
 
 SCORE = {"DRIVE": "F1", "hgr": "IoU", "desks": "IoU", "roads": "IoU", "camvid": "mIoU"}
+NAMED = {"hgr": "HGR", "camvid": "CamVid"}
 SHOWN = {"U-Net-B": GREY, "U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE, "Rec-Last": BLUE,
          "SRU(4)": GREEN, "DRU(4)": GREEN, "SRU(0)": GREEN, "DRU(0)": GREEN}  # fmt: skip
 
@@ -144,7 +145,7 @@ def evidence():
             found = [row[score].split() for row in rows if (row["data"], row["system"]) == (data, system)]
             values = [float(v[min(len(v), 3) - 1]) for v in found]
             ax.plot(values, [y] * len(values), "o", color=color)
-        ax.set(title=f"{data}, {score}", yticks=range(len(SHOWN)), yticklabels=list(SHOWN))
+        ax.set(title=f"{NAMED.get(data, data)}, {score}", yticks=range(len(SHOWN)), yticklabels=list(SHOWN))
         ax.margins(x=0.2)
         ax.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()

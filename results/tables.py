@@ -24,16 +24,17 @@ def table(head, lines):
 
 # ---------------------------------------------------------------- the evidence
 
-SCORE = {"DRIVE": "F1", "hgr": "IoU", "desks": "IoU", "roads": "IoU", "camvid": "mIoU"}
+NAMED = {"DRIVE": "DRIVE, F1", "hgr": "HGR, IoU", "desks": "desks, IoU", "roads": "roads, IoU", "camvid": "CamVid, mIoU"}  # as the pages call them
+SCORE = {data: name.split()[-1] for data, name in NAMED.items()}
 ORDER = ["U-Net-B", "U-Net-G", "U-Net-G, 3 x steps", "Rec-Simple", "Rec-Middle", "Rec-Last", "SRU(4)", "N = 1", "DRU(4)", "SRU(0)", "DRU(0)"]
 BENCH = {"U-Net-B": "unet-b", "U-Net-G": "unet-g", "U-Net-G, 3 x steps": "unet-g", "Rec-Simple": "rec-simple", "Rec-Middle": "rec-middle",
          "Rec-Last": "rec-last", "SRU(4)": "sru", "DRU(4)": "dru", "SRU(0)": "sru(0)", "DRU(0)": "dru(0)"}  # fmt: skip
 
 
-def scores(data, system, which=None, trained=3, file="evidence.csv"):
+def scores(data, system, trained=3):
     """Of every seed: the score after each test pass that the network was trained for, or after the last of them."""
-    found = sorted((row for row in rows(file) if (row["data"], row["system"]) == (data, system)), key=lambda row: int(row["seed"]))
-    every = [[float(value) for value in row[which or SCORE[data]].split()] for row in found]
+    found = sorted((row for row in rows("evidence.csv") if (row["data"], row["system"]) == (data, system)), key=lambda row: int(row["seed"]))
+    every = [[float(value) for value in row[SCORE[data]].split()] for row in found]
     return [values[min(trained, len(values)) - 1] for values in every]
 
 
@@ -54,33 +55,28 @@ def evidence():
         parameters = f"{int(known[0]['parameters']):,}" if known else ""
         named = "DRU(4), one pass" if system == "N = 1" else system
         lines.append([named, parameters, ms.get(BENCH.get(system), ""), *(spread(scores(data, system, trained=1 if system == "N = 1" else 3)) for data in SCORE)])
-    return table(["system", "parameters", "ms", *(f"{data}, {score}" for data, score in SCORE.items())], lines)
+    return table(["system", "parameters", "ms", *NAMED.values()], lines)
 
 
 def looking():
     """Means over the seeds: DRU(4) after each pass, the same trained for one pass, and the plain U-Net."""
     lines = []
-    for data, score in SCORE.items():
+    for data, name in NAMED.items():
         found = [*(scores(data, "DRU(4)", trained=t) for t in (1, 2, 3)), scores(data, "N = 1", trained=1), scores(data, "U-Net-G")]
-        lines.append([f"{data}, {score}", *(f"{statistics.mean(values):.3f}" for values in found)])
+        lines.append([name, *(f"{statistics.mean(values):.3f}" for values in found)])
     return table(["", "pass 1", "pass 2", "pass 3", "trained for one pass", "U-Net-G"], lines)
+
+
+ABLATED = "DRIVE", "hgr"
 
 
 def weighing():
     """Means over the seeds: the first and the last pass of DRU(4), by the loss's alpha, and of DRU(4) trained for one pass."""
     lines = []
     for name, system, passes in ("0.4", "DRU(4)", 3), ("0.7", "alpha = 0.7", 3), ("1", "alpha = 1", 3), ("trained for one pass", "N = 1", 1):
-        means = [statistics.mean(scores(data, system, trained=t)) if t <= passes else None for data in ("DRIVE", "hgr") for t in (1, 3)]
+        means = [statistics.mean(scores(data, system, trained=t)) if t <= passes else None for data in ABLATED for t in (1, 3)]
         lines.append([name, *("" if mean is None else f"{mean:.3f}" for mean in means)])
-    return table(["alpha", *(f"{which}, pass {t}" for which in ("DRIVE, F1", "hgr, IoU") for t in (1, 3))], lines)
-
-
-ABLATED = {  # a column: data set, score, file
-    "DRIVE, F1": ("DRIVE", "F1", "evidence.csv"),
-    "hgr, IoU": ("hgr", "IoU", "evidence.csv"),
-    "DRIVE, F1, earlier norm": ("DRIVE", "F1", "ablations.csv"),
-    "hgr, IoU, earlier norm": ("hgr", "IoU", "ablations.csv"),
-}
+    return table(["alpha", *(f"{NAMED[data]}, pass {t}" for data in ABLATED for t in (1, 3))], lines)
 
 
 def ablation(names):
@@ -88,24 +84,23 @@ def ablation(names):
 
     def make():
         columns = []
-        for data, which, file in ABLATED.values():
-            found = [scores(data, system, which, trained, file) for _, system, trained in names]
+        for data in ABLATED:
+            found = [scores(data, system, trained) for _, system, trained in names]
             cells = found if all(len(values) == 3 for values in found) else [values[:1] for values in found]
             ranges = [f", seeds {min(values):.3f} to {max(values):.3f}" if len(values) == 3 > len(cell) else "" for values, cell in zip(found, cells)]
             columns.append([(spread(cell) if cell else "") + more for cell, more in zip(cells, ranges)])
-        return table(["", *ABLATED], [[name, *line] for (name, *_), *line in zip(names, *columns)])
+        return table(["", *(NAMED[data] for data in ABLATED)], [[name, *line] for (name, *_), *line in zip(names, *columns)])
 
     return make
 
 
 def test_passes():
-    """Score of seed 0 after 1 to 5 test passes, by the number of passes in training."""
+    """Means over the seeds after 1 to 5 test passes, by the number of passes in training."""
     lines = []
-    for name, (data, score, file) in ABLATED.items():
+    for data in ABLATED:
         for n in range(1, 6):
             system = "DRU(4)" if n == 3 else f"N = {n}"
-            found = [row for row in rows(file) if (row["data"], row["system"], row["seed"]) == (data, system, "0")]
-            lines.append([name, n, *([f"{float(v):.3f}" for v in found[0][score].split()] if found else ["awaited"] * 5)])
+            lines.append([NAMED[data], n, *(f"{statistics.mean(scores(data, system, t)):.3f}" for t in range(1, 6))])
     return table(["", "passes in training", *(f"{t} in the test" for t in range(1, 6))], lines)
 
 
@@ -168,7 +163,7 @@ def long():
             cells["--model" in command, int(epochs[1]) if epochs else 30] = [f"{float(row[score]):.3f}" for row in passes]
         dru = next((key for key in cells if not key[0]), None)
         plain = [cells.get((True, n * dru[1]), ["awaited"])[0] for n in (1, 3)] if dru else ["awaited"] * 2
-        lines.append([f"{folder[:-1]}, {score}", *cells.get(dru, ["awaited"] * 3), *plain])
+        lines.append([NAMED.get(folder[:-1], f"{folder[:-1]}, {score}"), *cells.get(dru, ["awaited"] * 3), *plain])
     return table(["", "DRU(4), pass 1", "pass 2", "pass 3", "U-Net-G", "U-Net-G, 3 x steps"], lines)
 
 
