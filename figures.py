@@ -129,8 +129,7 @@ def growth():
     keep(figure, "growth")
 
 
-SCORE = {"DRIVE": "F1", "hgr": "IoU", "desks": "IoU", "roads": "IoU", "camvid": "mIoU"}
-NAMED = {"hgr": "HGR", "camvid": "CamVid"}
+NAMED = {"DRIVE": "DRIVE, F1", "hgr": "HGR, IoU", "desks": "desks, IoU", "roads": "roads, IoU", "camvid": "CamVid, mIoU"}  # as in results/tables.py
 SHOWN = {"U-Net-B": GREY, "U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE, "Rec-Last": BLUE,
          "SRU(4)": GREEN, "DRU(4)": GREEN, "SRU(0)": GREEN, "DRU(0)": GREEN}  # fmt: skip
 
@@ -139,13 +138,13 @@ def evidence():
     """The last pass's test score of every seed in results/evidence.csv."""
     with (Path(__file__).parent / "results/evidence.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(1, len(SCORE), figsize=(13, 3), sharey=True, layout="constrained")
-    for ax, (data, score) in zip(axes, SCORE.items()):
+    figure, axes = plt.subplots(1, len(NAMED), figsize=(13, 3), sharey=True, layout="constrained")
+    for ax, (data, name) in zip(axes, NAMED.items()):
         for y, (system, color) in enumerate(SHOWN.items()):
-            found = [row[score].split() for row in rows if (row["data"], row["system"]) == (data, system)]
+            found = [row[name.split()[-1]].split() for row in rows if (row["data"], row["system"]) == (data, system)]
             values = [float(v[min(len(v), 3) - 1]) for v in found]
             ax.plot(values, [y] * len(values), "o", color=color)
-        ax.set(title=f"{NAMED.get(data, data)}, {score}", yticks=range(len(SHOWN)), yticklabels=list(SHOWN))
+        ax.set(title=name, yticks=range(len(SHOWN)), yticklabels=list(SHOWN))
         ax.margins(x=0.2)
         ax.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()

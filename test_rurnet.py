@@ -2695,6 +2695,21 @@ def test_two_processes_learn_what_one_learns():
     assert tables[0] == pytest.approx(tables[1], abs=5e-3)  # of one test photo: the second process has none
 
 
+@pytest.mark.parametrize("error, world, status", [
+    (SystemExit(143), 1, 143),
+    (KeyboardInterrupt(), 1, 130),
+    (ValueError("a.png: is grey"), 1, "train.py: a.png: is grey"),
+    (ValueError("Caught ValueError in worker 0.\n  traceback\nValueError: a.png: is grey"), 1, "train.py: ValueError: a.png: is grey"),
+    (MemoryError(), 1, "train.py: out of memory; a smaller --batch, --crop or --size takes less, and so does --recompute 1"),
+    (RuntimeError("[gloo] connection closed\nmore"), 2, "train.py: [gloo] connection closed; did another process end?"),
+    (RuntimeError("[gloo] connection closed"), 1, None),  # of one process, so an error of our own
+    (RuntimeError("shapes differ"), 2, None),
+])  # fmt: skip
+def test_an_end_is_told_in_one_sentence_but_for_our_own_errors(monkeypatch, error, world, status):
+    monkeypatch.setattr(runs, "place", lambda: (0, world))
+    assert runs.status_of(error) == status
+
+
 @Ahead
 def one_of_two_dies(at):
     """A run by two processes, the second of which is killed: what was said, the seconds it took, and the run's folder."""
