@@ -1,272 +1,311 @@
 """Photographs and their masks.
 
     python data.py hands/            draw the toy set: 240 photos of hands over desks
-    python data.py --check FOLDER    count, measure and list every problem found
+    python data.py --check FOLDER    count, measure, and list every problem
 
 A folder of your own holds photographs and, under the same names, masks:
 
-    images/NAME.jpg  masks/NAME.png  train.txt val.txt test.txt    the lists name one NAME a line
+    images/NAME.jpg  masks/NAME.png  train.txt val.txt test.txt    each list has one NAME a line
     train/images/  train/masks/  val/...  test/...                 or a folder for each split
     images/  masks/                                                or neither: split 70/15/15 by a fixed seed
 
 A mask is 0 and 1, or 0 and 255, or class ids 0, 1, 2, ... with 255 for void: pixels that neither train nor count.
-The datasets of the paper are read as they are published: layouts.py has them, one function each.
+The paper's datasets are read as they are published: see paper/datasets.py.
 """
 
 import argparse
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from layouts import LAYOUTS, SPLITS, VOID, Found, find_pairs, open_picture, unreadable
+from paper import datasets
+from support.pictures import (MEAN, SPLITS, VOID, Found, by_stem, has, normalise, read_labels, read_list, read_photo,
+                              refuse_floats, resize, unreadable)  # fmt: skip
+from support.toy import draw_set
 
-MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # ImageNet's, by custom
-
-# ---------------------------------------------------------------- one file
-
-
-def read_photo(path):
-    """Any photograph as RGB: grey, palette, transparent, 16-bit."""
-    photo = open_picture(path)
-    check_mode(path, photo)
-    if photo.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip at 255, not scale
-        photo = Image.fromarray((np.asarray(photo).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
-    return photo.convert("RGBA" if photo.mode == "P" else "RGB").convert("RGB")
+# ---------------------------------------------------------------- 1. which photo belongs to which mask
 
 
-def check_mode(path, photo):
-    if photo.mode == "F":
-        raise ValueError(f"{path}: holds floating-point values of unknown range; save it with 8 or 16 bits")
+def pair_up(found, split, folder, names=None):
+    """Match folder/images and folder/masks by name; `names` are the wanted ones, or None for all."""
+    images, masks = (by_stem(folder / kind, found.problems) for kind in ("images", "masks"))
+    for name in sorted(images.keys() | masks.keys()) if names is None else names:
+        files = images.get(name, folder / f"images/{name}.*"), masks.get(name, folder / f"masks/{name}.*")
+        found.add(split, name, *files)
 
 
-def read_labels(path):
-    """The numbers stored in a mask, (H, W). Of a palette only the indices count, its colours are for looking at."""
-    mask = open_picture(path)
-    check_mode(path, mask)
-    if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
-        return np.asarray(mask).astype(np.int32)
-    bands = np.asarray(mask.convert("RGBA")).astype(np.int32)
-    if (bands[..., :3] != bands[..., :1]).any() or (bands[..., 3] != bands[0, 0, 3]).any():
-        some = [tuple(map(int, c)) for c in np.unique(bands[:: len(bands) // 64 + 1].reshape(-1, 4), axis=0)[:4, :3]]
-        raise ValueError(
-            f"{path}: holds colours ({', '.join(map(str, some))}, ...) or transparency; a mask holds one number a pixel, "
-            'saved as greyscale PNG. See "Your own photos" in README.md'
-        )
-    return bands[..., 0]
+def lists(root):
+    """images/ and masks/ with train.txt, val.txt, test.txt"""
+    if not has(root, "images", "masks") or not any((root / f"{split}.txt").exists() for split in SPLITS):
+        return None
+    found, listed = Found("train.txt, val.txt, test.txt"), {}
+    for split in SPLITS:
+        names = [Path(name).name for name in read_list(root / f"{split}.txt", found.problems)]
+        for name in names:
+            if name in listed:
+                where = f"{root / split}.txt: names {name}, which {listed[name]}.txt has already"
+                found.problems.append(f"{where}; a photo belongs in one split, once")
+            listed[name] = split
+        pair_up(found, split, root, names)
+    return found
 
 
-# ---------------------------------------------------------------- one folder
+def folders(root):
+    """train/, val/, test/ with images/ and masks/ in each"""
+    if not all((root / split / kind).is_dir() for split in SPLITS for kind in ("images", "masks")):
+        return None
+    found = Found("train/, val/, test/")
+    for split in SPLITS:
+        pair_up(found, split, root / split)
+    return found
+
+
+def seeded(root):
+    """images/ and masks/ alone: split 70/15/15 by a fixed seed"""
+    has_lists = any([*root.glob(f"{split}.txt"), *root.glob(f"*/{split}.txt")] for split in SPLITS)
+    if not has(root, "images", "masks") or has_lists:
+        return None
+    found = Found("seeded split 70/15/15, seed 0")
+    pair_up(found, "train", root)
+    pairs = found.pairs["train"]
+    order, part = np.random.default_rng(0).permutation(len(pairs)), max(1, round(0.15 * len(pairs)))
+    parts = order[2 * part :], order[:part], order[part : 2 * part]
+    found.pairs = {split: [pairs[i] for i in sorted(part)] for split, part in zip(SPLITS, parts)}
+    return found
+
+
+LAYOUTS = [lists, folders, seeded, *datasets.LAYOUTS]
+
+
+def find_pairs(root):
+    """Recognise the layout. A broken pair becomes a problem; an unknown folder raises ValueError."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: is not a folder; `python data.py {root}` would draw the toy set there")
+    fits = {layout.__name__: found for layout in LAYOUTS if (found := layout(root))}
+    if len(fits) > 1:
+        raise ValueError(f"{root}: could be {' or '.join(fits)}; move what belongs to only one of them elsewhere")
+    if not fits:
+        here = ", ".join(sorted(path.name + "/" * path.is_dir() for path in root.iterdir())[:8]) or "nothing"
+        known = "\n".join(f"  {layout.__name__:14} {layout.__doc__}" for layout in LAYOUTS)
+        raise ValueError(f"{root}: holds {here}; it must be one of these:\n{known}")
+    (found,) = fits.values()
+    found.problems += [f"{root}: has no photos for {split}; it needs one" for split in SPLITS if not found.pairs[split]]
+    return found
+
+
+# ---------------------------------------------------------------- 2. what a folder holds, and what is wrong with it
 
 
 @dataclass
 class Survey(Found):
-    """What a folder holds, and whatever is wrong with it."""
+    """A folder with every photo and mask inspected once, so that a bad file is known before training starts."""
 
+    root: Path = None
+    void: int = VOID
     classes: int = 2
     white: bool = False  # masks are 0 and 255, and 255 is class 1
     sizes: dict = field(default_factory=dict)  # {photo: (width, height)}
-    pixels: dict = field(default_factory=dict)  # {photo: how many pixels of its mask hold 0, 1, 2, ...}
+    counts: dict = field(default_factory=dict)  # {photo: how many pixels of its mask hold 0, 1, 2, ...}
+
+    def short_side(self, split):
+        """Of the median photo."""
+        sides = sorted(min(self.sizes[photo]) for _, photo, *_ in self.pairs[split])
+        return sides[len(sides) // 2]
+
+    def values(self, photo):
+        return set(np.flatnonzero(self.counts[photo]).tolist())
 
 
-def look(pair):
-    """Decode a photo and its mask: the photo's size, how often the mask holds each value, and what is wrong with them."""
+def survey(root, void=VOID):
+    """Inspect a folder. `void` is the class id that neither trains nor counts, besides 255."""
+    found = Survey(**vars(find_pairs(Path(root))), root=Path(root), void=void)
+    pairs = [pair for pairs in found.pairs.values() for pair in pairs]
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        for (_, photo, *_), (size, counts, problem) in zip(pairs, pool.map(inspect_pair, pairs)):
+            if size:
+                found.sizes[photo] = size
+            if counts is not None:
+                found.counts[photo] = counts
+            if problem:
+                found.problems.append(problem)
+    if found.names:
+        found.classes = len(found.names)
+        if void != VOID:
+            found.problems.append(f"--void {void}: {found.layout} has void pixels of its own; leave --void out")
+    else:
+        find_classes(found, {photo: mask for _, photo, mask, _ in pairs})
+    ignored = set() if found.white else {VOID} if found.names else {void, VOID}
+    for split, pairs in found.pairs.items():
+        unread = any(photo not in found.counts for _, photo, *_ in pairs)  # each has a problem of its own
+        if pairs and not unread and all(found.values(photo) <= ignored for _, photo, *_ in pairs):
+            found.problems.append(f"{root}: the masks of {split} hold nothing but void")
+    if found.classes < 2 and not found.problems:
+        found.problems.append(f"{root}: every mask holds one class alone; there is nothing to learn")
+    return found
+
+
+def inspect_pair(pair):
+    """Decode a photo and its mask: the photo's size, how often the mask holds each value, and what is wrong."""
     _, photo, mask, read = pair
     try:
         with Image.open(photo) as head:
             if head.format == "JPEG":
                 turned = head.getexif().get(0x0112, 1) >= 5
                 size = head.size[::-1] if turned else head.size
-                head.draft("RGB", (64, 64))  # decoded at an eighth of its size
+                head.draft("RGB", (64, 64))  # decodes at an eighth of the size
             else:
-                size = ImageOps.exif_transpose(head).size  # of a TIFF Pillow has turned the size, and not yet the pixels
+                size = ImageOps.exif_transpose(head).size  # Pillow turns a TIFF's size before its pixels
             head.load()
     except Exception as error:  # as in open_picture
-        return None, None, unreadable(photo, error)
+        return None, None, str(unreadable(photo, error))
     try:
-        check_mode(photo, head)
+        refuse_floats(photo, head)
         labels = read() if read else read_labels(mask)
-        if labels.shape[::-1] != size:
-            h, w = labels.shape
-            return size, None, f"{mask}: is {w}x{h}, its photo is {size[0]}x{size[1]}; they must match pixel by pixel"
-        if min(size) < 16:
-            return size, None, f"{photo}: is {size[0]}x{size[1]}; wanted at least 16x16"
-        if labels.min() < 0 or labels.max() > 255:
-            return size, None, f"{mask}: holds values from {labels.min()} to {labels.max()}; wanted 0 to 255"
-        return size, np.bincount(labels.ravel(), minlength=256), None
     except ValueError as error:
         return None, None, str(error)
+    (h, w), (width, height) = labels.shape, size
+    problem = None
+    if (w, h) != size:
+        problem = f"{mask}: is {w}x{h}, its photo is {width}x{height}; they must match pixel by pixel"
+    elif min(size) < 16:
+        problem = f"{photo}: is {width}x{height}; it must be at least 16x16"
+    elif labels.min() < 0 or labels.max() > 255:
+        problem = f"{mask}: holds values from {labels.min()} to {labels.max()}; they must be 0 to 255"
+    return size, None if problem else np.bincount(labels.ravel(), minlength=256), problem
 
 
-def survey(root, void=VOID, layout=None):
-    """Look at every photo and mask once, so that a bad file is known before training, not in its third hour."""
-    found = find_pairs(Path(root), layout)
-    files = [(split, path) for split, pairs in found.pairs.items() for _, *paths, _ in pairs for path in paths]
-    seen = tuple((split, path, path.stat().st_mtime_ns, path.stat().st_size) for split, path in files if os.path.exists(path))
-    return looked_at(root, void, layout, Path(root).resolve(), seen, tuple(found.problems))
-
-
-@lru_cache(maxsize=8)  # the three splits of a folder are opened one after the other
-def looked_at(root, void, layout, *as_it_is):
-    """`as_it_is`: where the folder lies and when its files were written, as a folder of old may have changed."""
-    found = Survey(**vars(find_pairs(Path(root), layout)))
-    pairs = [pair for pairs in found.pairs.values() for pair in pairs]
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        for (_, photo, _, _), (size, pixels, problem) in zip(pairs, pool.map(look, pairs)):
-            found.sizes |= {photo: size} if size else {}
-            found.pixels |= {photo: pixels} if pixels is not None else {}
-            found.problems += [problem] if problem else []
-    if found.names:
-        found.classes = len(found.names)
-        found.problems += void_all_over(root, found, {VOID})
-        found.problems += [f"--void {void}: {found.layout} decides by itself what is void; leave --void out"] * (void != VOID)
-        return found
-    mask_of = {photo: mask for _, photo, mask, _ in pairs}
-    held = {mask_of[photo]: set(np.flatnonzero(count).tolist()) for photo, count in found.pixels.items()}
+def find_classes(found, mask_of):
+    """From all values in all masks: which are class ids, how many classes there are, and which masks disagree."""
+    held = {mask_of[photo]: found.values(photo) for photo in found.counts}
     union = set().union(*held.values())
-    found.white = union == {0, 255} and void == VOID
-    ids = {0, 1} if found.white else union - {void, VOID}
-    found.classes = next(k for k in range(202) if k not in ids or k == 201)  # 201 to 254: noise around white, not class ids
+    found.white = union == {0, 255} and found.void == VOID
+    ids = {0, 1} if found.white else union - {found.void, VOID}
+    found.classes = 0
+    while found.classes in ids and found.classes < 201:  # 201 to 254 are noise around white, not class ids
+        found.classes += 1
     for mask, values in held.items():
-        odd = ids & values - set(range(found.classes))
-        if odd:
-            shown = ", ".join(map(str, sorted(values)[:5])) + (", ..." if len(values) > 5 else "")
+        if ids & values - set(range(found.classes)):
+            shown = ", ".join(map(str, sorted(values)[:5])) + ", ..." * (len(values) > 5)
             found.problems.append(
-                f"{mask}: holds the values [{shown}]; a mask is 0 and 1, or 0 and 255, or class ids without gaps and {VOID} for "
-                f"void. Noise around 0 and 255 comes from JPEG: save masks as PNG. See \"Your own photos\" in README.md"
+                f"{mask}: holds the values [{shown}]; a mask is 0 and 1, or 0 and 255, or class ids without gaps and "
+                f'{VOID} for void. JPEG adds noise: save masks as PNG. See "Your photos" in README.md'
             )
-    with_one, with_white = ({m for m, values in held.items() if wanted <= values} for wanted in ({1}, {0, VOID}))
-    if found.classes == 2 and not found.white and with_one and with_white and not with_one & with_white:
-        odd = min(with_white)
-        found.problems.append(f"{odd}: is 0 and 255, {min(with_one)} is 0 and 1; use one of the two in all masks. If 255 is void: make it 2 in all, and say --void 2")
-    found.problems += void_all_over(root, found, set() if found.white else {void, VOID})
-    if found.classes < 2 and not found.problems:
-        found.problems.append(f"{root}: every mask holds {sorted(union)} alone; there is nothing to learn")
-    return found
+    ones, whites = ({m for m, values in held.items() if wanted <= values} for wanted in ({1}, {0, VOID}))
+    if found.classes == 2 and not found.white and ones and whites and not ones & whites:
+        found.problems.append(
+            f"{min(whites)}: is 0 and 255, {min(ones)} is 0 and 1; use one of the two in all masks. "
+            "If 255 is void, make it 2 in all masks and add --void 2"
+        )
 
 
-def void_all_over(root, found, void):
-    """A problem for each split whose masks hold nothing else; a mask that could not be read has its own."""
-    of = lambda photo: set(np.flatnonzero(found.pixels[photo]).tolist()) if photo in found.pixels else {0}
-    blank = [split for split, pairs in found.pairs.items() if pairs and all(of(photo) <= void for _, photo, _, _ in pairs)]
-    return [f"{root}: the masks of {split} are void all over" for split in blank]
-
-
-# ---------------------------------------------------------------- the dataset
+# ---------------------------------------------------------------- 3. the dataset
 
 
 class Photos(torch.utils.data.Dataset):
-    """Pairs of image float32 (3, H, W), normalised, and mask int64 (H, W), classes 0..K-1 and 255 for void.
+    """Pairs of image float32 (3, H, W), normalised, and mask int64 (H, W): classes 0..K-1, 255 for void.
 
-    size       the short side after resizing; None leaves photos as they are
-    crop       side of the square pieces that augmentation cuts; by default the short side after resizing
-    rotate     largest turn that augmentation makes, degrees either way: 180 where a picture has no up
+    size       the short side after resizing; None keeps each photo's own
+    augment    flip, scale, turn, cut out a square and change the light, by a seed for each epoch and photo
+    crop       side of that square; by default the short side after resizing
+    rotate     largest turn, degrees either way: 180 where a picture has no up
     repeat     how often an epoch shows each photo
     """
 
-    def __init__(self, found, split, size, augment, crop, rotate, void, seed):
-        self.pairs, self.layout, self.classes, self.names = found.pairs[split], found.layout, found.classes, found.names
-        self.white, self.void = found.white, void
-        self.size, self.augment, self.rotate, self.seed = size, augment, rotate, seed
-        sides = sorted(min(found.sizes[photo]) for _, photo, _, _ in self.pairs)
-        self.typical = sides[len(sides) // 2]  # short side of the median photo
-        self.crop = crop or size or self.typical
-        self.repeat = 1
-        self.cache = {} if size and 6 * size * size * len(self.pairs) < 1e9 else None  # decode once what fits in a gigabyte
+    def __init__(self, found, split, size=None, augment=False, crop=None, rotate=15, seed=0, repeat=1):
+        self.found, self.pairs, self.classes = found, found.pairs[split], found.classes
+        self.size, self.augment, self.rotate, self.seed, self.repeat = size, augment, rotate, seed, repeat
+        self.crop = crop or size or found.short_side(split)
+        fits = size and 6 * size * size * len(self.pairs) < 1e9  # a gigabyte
+        self.cache = {} if augment and fits else None  # a small set is decoded once
 
     def __len__(self):
         return len(self.pairs) * self.repeat
 
-    def read(self, i):
-        """The photo and the mask, both as pictures."""
+    def pictures(self, i):
+        """The i-th photo (RGB) and its mask (class ids), both as pictures at their own size."""
         _, photo, mask, read = self.pairs[i]
-        image, labels = read_photo(photo), read() if read else read_labels(mask)
-        if not read:
-            labels = labels == 255 if self.white else np.where(labels == self.void, VOID, labels)
-        labels = Image.fromarray(labels.astype(np.uint8))
+        labels = read() if read else read_labels(mask)
+        if self.found.white:
+            labels = labels == 255
+        elif not read:
+            labels = np.where(labels == self.found.void, VOID, labels)
+        return read_photo(photo), Image.fromarray(labels.astype(np.uint8))
+
+    def resized(self, i):
+        if self.cache is not None and i in self.cache:
+            return self.cache[i]
+        photo, mask = self.pictures(i)
         if self.size:
-            scale = self.size / min(image.size)
-            shape = [max(1, round(side * scale)) for side in image.size]
-            image, labels = image.resize(shape, Image.BILINEAR), labels.resize(shape, Image.NEAREST)  # Pillow antialiases
-        return image, labels
+            photo, mask = resize(photo, self.size), resize(mask, self.size, Image.NEAREST)
+        if self.cache is not None:
+            self.cache[i] = photo, mask
+        return photo, mask
 
     def __getitem__(self, k):
-        """The k-th pair; while training (epoch, k), as every epoch augments anew."""
+        """The k-th pair; in training (epoch, k), as every epoch augments differently."""
         epoch, k = k if isinstance(k, tuple) else (0, k)
         if not 0 <= k < len(self):
-            raise IndexError(k)  # which is also what ends `for image, mask in dataset`
-        i = k % len(self.pairs)
+            raise IndexError(k)  # this also ends `for image, mask in dataset`
+        photo, mask = self.resized(k % len(self.pairs))
         if self.augment:
-            image, mask = (self.cache or {}).get(i) or self.read(i)
-            if self.cache is not None:
-                self.cache[i] = image, mask
-            # seeded by what is asked for, not by what came before: neither workers nor resuming change a crop
-            rng = np.random.default_rng([self.seed, epoch, k])
-            image, mask = augment(image, mask, self.crop, self.rotate, rng)
-        else:
-            image, mask = self.read(i)
-        return normalise(image), torch.from_numpy(np.array(mask, np.int64))
+            # Seeded by what is asked for, not by what came before: workers and resuming change no crop.
+            photo, mask = augment(photo, mask, self.crop, self.rotate, np.random.default_rng([self.seed, epoch, k]))
+        return normalise(photo), torch.from_numpy(np.array(mask, np.int64))
 
 
-def augment(image, mask, crop, rotate, rng):
-    """Flip, scale, turn and cut out of both pictures by one map, and change the light of the photo. Outside is void."""
+def augment(photo, mask, crop, rotate, rng):
+    """Flip, scale, turn and cut out of both pictures by one map, and change the photo's light. Outside is void."""
     angle, scale = np.radians(rng.uniform(-rotate, rotate)), np.exp(rng.uniform(np.log(0.75), np.log(1.5)))
-    flip, (w, h) = rng.choice([-1, 1]), image.size
-    reach = crop / scale / 2  # half of the piece, in pixels of the photo
+    flip, (w, h) = rng.choice([-1, 1]), photo.size
+    reach = crop / scale / 2  # half of the square, in pixels of the photo
     cx, cy = (rng.uniform(min(reach, side / 2), max(side - reach, side / 2)) for side in (w, h))
     cos, sin, mid = np.cos(angle) / scale, np.sin(angle) / scale, crop / 2
     a, b, d, e = flip * cos, -sin, flip * sin, cos  # output (u, v), from its middle -> photo (x, y), from (cx, cy)
     how = (a, b, cx - (a + b) * mid, d, e, cy - (d + e) * mid)
     grey = tuple(int(255 * m) for m in MEAN)
-    image = image.transform((crop, crop), Image.AFFINE, how, Image.BILINEAR, fillcolor=grey)
+    photo = photo.transform((crop, crop), Image.AFFINE, how, Image.BILINEAR, fillcolor=grey)
     mask = mask.transform((crop, crop), Image.AFFINE, how, Image.NEAREST, fillcolor=VOID)
-    image = ImageEnhance.Color(image).enhance(rng.uniform(0.9, 1.1))
+    photo = ImageEnhance.Color(photo).enhance(rng.uniform(0.9, 1.1))
     gamma, exposure, *tint = np.exp(rng.uniform(-1, 1, 5) * (0.15, 0.1, 0.02, 0.02, 0.02))
     curve = np.linspace(0, 1, 256)[:, None] ** gamma * exposure * tint
-    return image.point((255 * curve).clip(0, 255).astype(np.uint8).T.ravel().tolist()), mask
+    return photo.point((255 * curve).clip(0, 255).astype(np.uint8).T.ravel().tolist()), mask
 
 
-def normalise(photo):
-    """RGB picture -> float32 (3, H, W)."""
-    pixels = (np.asarray(photo, np.float32) / 255 - MEAN) / STD
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+def open_dataset(root, split, size=None, augment=False, *, void=VOID, **more):
+    """The photos of one split of a folder; size, augment and `more` as in Photos.
 
-
-def open_dataset(root, split, size=None, augment=False, *, crop=None, rotate=15, void=VOID, seed=0, layout=None):
-    """The photos of one split of a folder, as Photos describes them. A ValueError names the first problem of the folder."""
+    root   a folder, or what `survey` found in it. ValueError names the folder's first problem.
+    """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; the splits are {', '.join(SPLITS)}")
     if size and (not isinstance(size, int) or size < 16):
-        raise ValueError(f"size is {size!r}; wanted a whole number from 16, the short side in pixels, or None for photos as they are")
-    found = survey(str(root), void, layout or None)
+        raise ValueError(f"size is {size!r}; it must be a whole number of pixels from 16, or None for each photo's own")
+    found = root if isinstance(root, Survey) else survey(root, void)
     if found.problems:
-        more = len(found.problems) - 1
-        raise ValueError(found.problems[0] + (f"\n{more} more such lines: python data.py --check {root}" if more else ""))
-    return Photos(found, split, size, augment, crop, rotate, void, seed)
+        first, *others = found.problems
+        raise ValueError(first + f"\n{len(others)} more such lines: python data.py --check {found.root}" * bool(others))
+    return Photos(found, split, size, augment, **more)
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def check(root, void, layout):
+def check(root, void):
     """Print what a folder holds; return how many problems it has."""
-    found = survey(str(root), void, layout)
+    found = survey(root, void)
     print(f"{root}: {found.layout}, {found.classes} classes {' '.join(found.names)}".rstrip())
     for split, pairs in found.pairs.items():
-        sizes = sorted({found.sizes[photo] for _, photo, _, _ in pairs if photo in found.sizes}, key=np.prod)
-        pixels = sum((found.pixels[photo] for _, photo, _, _ in pairs if photo in found.pixels), np.zeros(256, int))
+        sizes = sorted({found.sizes[photo] for _, photo, *_ in pairs if photo in found.sizes}, key=np.prod)
+        pixels = sum((found.counts[photo] for _, photo, *_ in pairs if photo in found.counts), np.zeros(256, int))
         shares = ", ".join(f"{value}: {pixels[value] / pixels.sum():.1%}" for value in np.flatnonzero(pixels))
         span = f"{sizes[0][0]}x{sizes[0][1]} to {sizes[-1][0]}x{sizes[-1][1]}" if sizes else "-"
         print(f"{split:5} {len(pairs):5} photos, {span}; mask values {shares}")
-    for problem in found.problems:
-        print(problem)
-    print(f"{len(found.problems)} problems")
+    print(*found.problems, f"{len(found.problems)} problems", sep="\n")
     return len(found.problems)
 
 
@@ -275,15 +314,12 @@ def main():
     cli.add_argument("folder", type=Path, help="where to draw the toy set, or what to check")
     cli.add_argument("--check", action="store_true", help="list every problem of a folder instead of drawing")
     cli.add_argument("--void", type=int, default=VOID, help="class id that is void, besides 255")
-    cli.add_argument("--layout", choices=list(LAYOUTS), help="how the folder is laid out, where two layouts fit")
     args = cli.parse_args()
     try:
         if args.check:
-            sys.exit(check(args.folder, args.void, args.layout) > 0)
+            sys.exit(check(args.folder, args.void) > 0)
         if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
             raise ValueError(f"{args.folder}: exists and is not empty; name a new folder for the toy set")
-        from toy import draw_set  # only here: data.py works without it
-
         draw_set(args.folder)
         print(f"drew 240 photos and masks into {args.folder}/; now: python train.py --data {args.folder}/")
     except (ValueError, OSError) as error:  # OSError: a folder that may not be read or written

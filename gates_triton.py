@@ -1,36 +1,35 @@
-"""The gates and norms of rurnet.py as fused Triton kernels: the same functions and gradients for a quarter to two thirds of the traffic.
+"""The gates and norms of rurnet.py as fused Triton kernels: same functions, same gradients, less memory traffic.
 
     from gates_triton import fuse
     net = fuse(RecurrentUNet())            # in place; on a CPU it computes what it did before
 
-Why fuse. A GPU computes faster than its memory delivers: an H200 issues some 33e12 float32 instructions a second and
-moves 4.8e12 bytes, 7 instructions a byte. An update gate is about 50 instructions for the 16 bytes that it must read
-and write, 3 a byte: the arithmetic is free, and time is traffic. (In half precision it is 6 a byte, and little to
-spare.) The unit to count in is the *memory pass*, one tensor read or written once. Eager PyTorch runs the update,
-h_t = z * h + (1 - z) * c, as six kernels, each of which sends its result through memory to the next:
+Why fuse. A GPU computes faster than its memory delivers. An H200 issues about 33e12 float32 instructions a second and
+moves 4.8e12 bytes: 7 instructions a byte. An update gate needs about 50 instructions for its 16 bytes, 3 a byte. So
+the arithmetic is free and the time is the time of the traffic. Count in *memory passes*, one tensor read or written
+once. Eager PyTorch runs h_t = z * h + (1 - z) * c as six kernels, each of which sends its result through memory:
 
     z = sigmoid(a_z) 2    c = tanh(a_c) 2    z * h 3    1 - z 2    (1 - z) * c 3    their sum 3      = 15 passes
 
-One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4. So the best that we can hope for is 3.75
-times faster. PASSES has every such count; `python gates_triton.py` measures, on a GPU, how much of it comes true.
+One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4 passes. So 3.75 times faster is the
+limit. PASSES holds every such count, and `python -m experiments.bench --kernels` measures on a GPU what comes of it.
 
-The backward pass reads the inputs and computes z and c once more. To save them instead would cost two more writes on the
-way forward, 6 passes in place of 4; to recompute them costs operations, which are free.
+The backward pass reads the inputs and computes z and c again. Saving them would cost two more writes in the forward
+pass, 6 passes in place of 4.
 
-The gates are few, and at level 4 small. What a GPU waits for in this network, besides the convolutions, is the group norm and
-ReLU after each of them: these are one kernel too, after a first one that sums up. See FusedNorm.
+At level 4 the gates are small. Besides the convolutions, most time goes to the group norm and ReLU after each of them,
+so FusedNorm does these in one kernel, after a first one that sums up.
 
-CPU tensors take the plain expression, and so does every tensor where triton is not installed, and all that is traced:
-torch.compile fuses the plain gate itself, and with its neighbours too, which a ready-made kernel would forbid; a model
-that leaves PyTorch (torch.export, ONNX, jit.trace) leaves without Triton. To launch a kernel from Python takes longer
-than a small tensor's traffic: at batch 1 replay the network from a CUDA graph. Equation numbers are rurnet.py's.
+CPU tensors take the plain expression. So does everything where triton is missing, and everything that is traced:
+torch.compile fuses the plain gate with its neighbours, and exported models must not need Triton. Launching a kernel
+from Python takes longer than a small tensor's traffic, so at batch 1 replay the network from a CUDA graph.
+The equation numbers are those of rurnet.py.
 """
 
 from __future__ import annotations  # so that `BLOCK: tl.constexpr` is not looked up where triton is missing
 
 import functools
 import os
-import statistics
+import sys
 
 import torch
 
@@ -42,15 +41,15 @@ except ImportError:  # macOS, Windows
 
 # TRITON_INTERPRET=1, set before triton is imported, runs kernels in numpy, line by line: how a CPU tests them
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-BLOCK = 1024  # elements a program: 8 a thread, so a thread asks for one or two 16-byte pieces of each input at once
-SPAN = 4096  # elements that a program sums up, or up to eight times as many: see _span_of
+BLOCK = 1024  # elements of one program: 8 for each thread, so a thread loads 16 bytes at once
+SPAN = 4096  # elements that one program sums up, or up to eight times as many: see _span_of
 
-PASSES = {  # memory passes: fused, eager, and with torch.lerp(c, h, z) for eq. (5). The tests count them.
+PASSES = {  # memory passes: fused, eager, and with torch.lerp(c, h, z) for eq. (5); tests count them
     ("update", "forward"): (4, 15, 8),
     ("update", "backward"): (7, 23, 22),
     ("reset", "forward"): (3, 5, None),
     ("reset", "backward"): (5, 9, None),
-    ("norm", "forward"): (3, 5, None),  # group norm and ReLU. Mean and variance come first, so x is read twice either way
+    ("norm", "forward"): (3, 5, None),  # group norm and ReLU; mean and variance come first, so x is read twice
     ("norm", "backward"): (5, 8, None),
 }
 
@@ -65,14 +64,14 @@ def jit(kernel):
 @jit
 def _span(n, BLOCK: tl.constexpr):
     """The elements of this program, and which of them exist: the last block is ragged."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # 64 bits before the product, which passes 2**31
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # 64 bits: the product may exceed 2**31
     return i, i < n
 
 
 @jit
 def _load(ptr, i, mask):
     x = tl.load(ptr + i, mask)
-    return x if x.dtype == tl.float64 else x.to(tl.float32)  # half precision is for memory; arithmetic is float32
+    return x if x.dtype == tl.float64 else x.to(tl.float32)  # half precision is for memory alone
 
 
 @jit
@@ -89,9 +88,9 @@ def _tanh(x):
     y = tl.where(x < 0, -y, y)
     if x.dtype == tl.float64:
         return y
-    # Near 0 that subtracts nearly equal numbers: right to 1e-7, but nothing is left of a tanh of 1e-8. So there it is
-    # x + x^3 p(x^2), p fitted for the least relative error. Up to 1.05, as exp and / on a GPU are each off by up to two
-    # units in the last place, of which 1 - 2t / (1 + t) hands on less the smaller t is: beyond 1.05, two in all.
+    # Near 0, y subtracts nearly equal numbers and would lose a tanh of 1e-8. There use x + x^3 p(x^2) instead, with p
+    # fitted for the least relative error. Beyond 1.05 the errors of exp and / (each up to two units in the last place)
+    # shrink with t to two in all.
     x = tl.where(a < 1.05, x, 0.0)
     s = x * x
     p = 0.0021589163 - 0.00031634075 * s
@@ -114,10 +113,10 @@ def _update_fwd(h_ptr, az_ptr, ac_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 @jit
 def _update_bwd(g_ptr, h_ptr, az_ptr, ac_ptr, dh_ptr, daz_ptr, dac_ptr, n, BLOCK: tl.constexpr):
-    """g is the gradient of h_t. A gradient that nobody needs has None for a pointer: no store, no load for its sake."""
+    """g is the gradient of h_t. An unneeded gradient has None for a pointer, and costs neither store nor load."""
     i, mask = _span(n, BLOCK)
-    g = _load(g_ptr, i, mask)  # all loads before the first store: they then wait for memory together, not in turn
-    h = _load(h_ptr, i, mask)  # the compiler drops what no store depends on
+    g = _load(g_ptr, i, mask)  # all loads come before the first store, so they wait for memory together
+    h = _load(h_ptr, i, mask)  # the compiler drops a load that no store depends on
     z = _sigmoid(_load(az_ptr, i, mask))
     c = _tanh(_load(ac_ptr, i, mask))
     if daz_ptr is not None:
@@ -129,7 +128,7 @@ def _update_bwd(g_ptr, h_ptr, az_ptr, ac_ptr, dh_ptr, daz_ptr, dac_ptr, n, BLOCK
 
 
 def fused_update(h, a_z, a_c):
-    """rurnet.gated_update: z * h + (1 - z) * c, z = sigmoid(a_z), c = tanh(a_c), equal shapes. Eqs. (2), (4), (5)."""
+    """rurnet.gated_update: z * h + (1 - z) * c, z = sigmoid(a_z), c = tanh(a_c), of equal shapes and dtypes."""
     h, a_z, a_c = _agreeing("fused_update", h=h, a_z=a_z, a_c=a_c)
     if _runs_triton(h):
         return _Fused.apply(_update_fwd, _update_bwd, h, a_z, a_c)
@@ -137,7 +136,7 @@ def fused_update(h, a_z, a_c):
 
 
 def plain_update(h, a_z, a_c):
-    """What runs where no kernel does. The copy makes this file stand alone."""
+    """Runs where no kernel does. This copy of rurnet's gate lets the file stand alone."""
     z, c = torch.sigmoid(a_z), torch.tanh(a_c)
     return z * h + (1 - z) * c
 
@@ -164,7 +163,7 @@ def _reset_bwd(g_ptr, e_ptr, ar_ptr, de_ptr, dar_ptr, n, BLOCK: tl.constexpr):
 
 
 def fused_reset(e, a_r):
-    """sigmoid(a_r) * e, of equal shapes: rurnet.gated_reset. Eq. (3)."""
+    """rurnet.gated_reset: sigmoid(a_r) * e, of equal shapes and dtypes."""
     e, a_r = _agreeing("fused_reset", e=e, a_r=a_r)
     if _runs_triton(e):
         return _Fused.apply(_reset_fwd, _reset_bwd, e, a_r)
@@ -175,12 +174,12 @@ def plain_reset(e, a_r):
     return torch.sigmoid(a_r) * e
 
 
-# ---------------------------------------------------------------- group norm and ReLU: max(0, (x - mean) * rstd * w + b)
+# ---------------------------------------------------------------- norm and ReLU: max(0, (x - mean) * rstd * w + b)
 
 
 @jit
 def _moments(mean_ptr, m2_ptr, row, M, SPLITS: tl.constexpr, SPAN: tl.constexpr, EPS: tl.constexpr):
-    """Mean and 1 / standard deviation of a group from those of its parts: some 256 numbers, from the cache."""
+    """Mean and 1 / standard deviation of a group, merged from its parts (some 256 numbers in the cache)."""
     k = tl.arange(0, SPLITS)
     n = tl.minimum(tl.maximum(M - k * SPAN, 0), SPAN)  # elements in part k
     here = n > 0
@@ -194,9 +193,9 @@ def _moments(mean_ptr, m2_ptr, row, M, SPLITS: tl.constexpr, SPAN: tl.constexpr,
 
 @jit
 def _norm_sums(x_ptr, mean_ptr, m2_ptr, M, SPAN: tl.constexpr):
-    """Mean and sum of squared distances from it, of one part of a group. About its own mean, so nothing cancels."""
+    """Of one part of a group: the mean, and the sum of squares about that mean, so that nothing cancels."""
     at, parts = tl.program_id(0), tl.cdiv(M, SPAN)
-    row, part = at // parts, at % parts  # a sample's group, and which of its parts: a grid may be long along one axis alone
+    row, part = at // parts, at % parts  # a sample's group, and its part; only the first axis of a grid may be long
     i = part * SPAN + tl.arange(0, SPAN)
     x = _load(x_ptr + row.to(tl.int64) * M, i, i < M)
     x = tl.where(i < M, x, 0.0)
@@ -229,7 +228,7 @@ def _norm_bwd_sums(
     g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr, groups, width, HW, M,
     RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Of one part of one channel: the sums of g and of g * xhat, where g has passed the ReLU and xhat = (x - mean) * rstd."""
+    """Of one part of one channel: the sums of g and g * xhat. g has passed the ReLU; xhat = (x - mean) * rstd."""
     at, parts = tl.program_id(0), tl.cdiv(HW, SPAN)
     channel, part = at // parts, at % parts
     mean, rstd = _moments(mean_ptr, m2_ptr, channel // width, M, SPLITS, SPAN, EPS)
@@ -246,7 +245,8 @@ def _norm_bwd_sums(
 @jit
 def _norm_bwd(
     g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr, dx_ptr, groups, width, HW, M,
-    RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (w g - mean(w g) - xhat * mean(w g xhat)), the means over the group."""
     blocks = tl.cdiv(M, BLOCK)
@@ -269,12 +269,13 @@ def _norm_bwd(
 
 
 class FusedNorm(torch.nn.GroupNorm):
-    """nn.GroupNorm, followed by a ReLU if `relu`: (B, C, H, W) -> the same. Same parameters (weight and bias are a must), names, gradients.
+    """nn.GroupNorm, then a ReLU if `relu`: (B, C, H, W) -> the same. Parameters, their names and gradients are its own.
 
-    Under autocast PyTorch's norm answers in float32; this one computes in float32, and answers in half precision if x is. Of channels last it makes a contiguous copy.
+    PyTorch needs 5 memory passes forward and 8 backward, this one 3 and 5. One photo has eight groups and a GPU wants
+    hundreds of programs, so each group is cut into parts of SPAN elements.
 
-    PyTorch reads x twice and writes y, then the ReLU reads and writes y: 5 memory passes, and 8 backward. Here it is 3 and 5. Eight
-    groups of one photo would keep eight programs of a GPU's hundreds busy: so each group is cut into parts of SPAN elements.
+    The norm needs weight and bias. Under autocast PyTorch's returns float32; this one returns the dtype of x, computed
+    in float32. A channels-last x is copied to the contiguous layout.
     """
 
     def __init__(self, norm, relu):
@@ -288,14 +289,15 @@ class FusedNorm(torch.nn.GroupNorm):
     def forward(self, x):
         if _runs_triton(x):
             if x.shape[1] != self.num_channels or x.device != self.weight.device:
-                raise ValueError(f"the norm has {self.num_channels} channels on {self.weight.device}, and got {tuple(x.shape)} on {x.device}")
+                mine = f"{self.num_channels} channels on {self.weight.device}"
+                raise ValueError(f"the norm has {mine}, and got {tuple(x.shape)} on {x.device}")
             return _Norm.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.relu)
         y = super().forward(x)
-        return y.relu_() if self.relu else y  # its own result, so nobody misses it
+        return y.relu_() if self.relu else y
 
 
 def _span_of(M):
-    """How many elements a program sums up, and with how many warps: so many that a group of a megapixel photo has 256 parts at most."""
+    """Elements that one program sums up, and its warps. A group of a megapixel photo has at most 256 parts."""
     span = min(max(SPAN, triton.next_power_of_2(triton.cdiv(M, 256))), 8 * SPAN)
     return span, max(4, span // 1024)
 
@@ -311,9 +313,11 @@ class _Norm(torch.autograd.Function):
         precise = torch.promote_types(x.dtype, torch.float32)
         mean, m2 = torch.empty(2, rows, splits, dtype=precise, device=x.device)
         out = torch.empty_like(x)
-        ctx.shape, ctx.how = (groups, width, HW, M), dict(RELU=relu, EPS=eps, SPLITS=triton.next_power_of_2(splits), SPAN=span)
+        ctx.shape = groups, width, HW, M
+        ctx.how = dict(RELU=relu, EPS=eps, SPLITS=triton.next_power_of_2(splits), SPAN=span)
         _launch_grid(_norm_sums, (rows * splits,), x, mean, m2, M, SPAN=span, num_warps=warps)
-        _launch_grid(_norm_fwd, (rows * triton.cdiv(M, BLOCK),), x, w, b, mean, m2, out, *ctx.shape, BLOCK=BLOCK, **ctx.how)
+        grid = (rows * triton.cdiv(M, BLOCK),)
+        _launch_grid(_norm_fwd, grid, x, w, b, mean, m2, out, *ctx.shape, BLOCK=BLOCK, **ctx.how)
         ctx.save_for_backward(x, w, b, mean, m2)
         return out
 
@@ -331,7 +335,8 @@ class _Norm(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx, most = torch.empty_like(x), triton.next_power_of_2(width * parts)
-            _launch_grid(_norm_bwd, (rows * triton.cdiv(M, BLOCK),), *args, dx, *ctx.shape, PARTS=most, BLOCK=BLOCK, **ctx.how)
+            grid = (rows * triton.cdiv(M, BLOCK),)
+            _launch_grid(_norm_bwd, grid, *args, dx, *ctx.shape, PARTS=most, BLOCK=BLOCK, **ctx.how)
         db, dw = sums.sum((1, 3)).to(w.dtype)
         return dx, dw, db, None, None, None
 
@@ -340,12 +345,12 @@ class _Norm(torch.autograd.Function):
 
 
 class _Fused(torch.autograd.Function):
-    """A gate from its two kernels: fwd(inputs, out) and bwd(g, inputs, gradients), where g is the gradient of out."""
+    """A gate from its two kernels: fwd(inputs, out) and bwd(g, inputs, gradients); g is the gradient of out."""
 
     @staticmethod
     def forward(ctx, fwd, bwd, *inputs):
         ctx.bwd = bwd
-        ctx.save_for_backward(*inputs)  # and no z or c: see above
+        ctx.save_for_backward(*inputs)  # not z and c: see the top of this file
         inputs = _lay_out(*inputs)
         out = torch.empty_like(inputs[0])
         _launch(fwd, *inputs, out)
@@ -353,7 +358,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled():  # create_graph=True. Left alone, a second derivative would silently be zero
+        if torch.is_grad_enabled():  # create_graph=True; a second derivative would silently be zero
             raise RuntimeError("fused gates can be differentiated once; for second derivatives use those of rurnet.py")
         g, *inputs = _lay_out(g, *ctx.saved_tensors)
         grads = [torch.empty_like(g) if need else None for need in ctx.needs_input_grad[2:]]
@@ -368,25 +373,25 @@ def _launch(kernel, x, *others):
 
 def _launch_grid(kernel, grid, x, *others, **constants):
     if 0 not in grid:  # or there is nothing to launch
-        with torch.cuda.device(x.get_device()):  # Triton launches on the current GPU; -1, the CPU's, changes nothing
+        with torch.cuda.device(x.get_device()):  # Triton launches on the current GPU; a CPU's -1 changes nothing
             kernel[grid](x, *others, **constants)
 
 
 def _lay_out(*tensors):
-    """The same tensors, so laid out that element i of one lies where element i of every other does.
+    """The same tensors in one common memory layout.
 
-    An elementwise kernel need not know in which order dimensions lie, if all agree: it walks memory from 0 to n. So
-    contiguous and channels_last tensors are taken as they are. A slice, an expanded tensor, and the odd one out are
+    An elementwise kernel walks memory from 0 to n, so it needs no order of dimensions, if all tensors agree on one.
+    Contiguous and channels-last tensors are taken as they are. A slice, an expanded tensor, or one that differs is
     copied to the layout that most of the others have.
     """
     orders = [_order(x) for x in tensors]
     common = max((order for order in orders if order is not None), key=orders.count, default=None)
-    like = tensors[orders.index(common)]  # empty_like takes over its order, and closes gaps and undoes overlaps if any
+    like = tensors[orders.index(common)]  # empty_like keeps its order of dimensions and removes gaps and overlaps
     return [x if order == common is not None else torch.empty_like(like).copy_(x) for x, order in zip(tensors, orders)]
 
 
 def _order(x):
-    """The dimensions of x from the fastest in memory to the slowest, or None if x has gaps there or overlaps itself."""
+    """The dimensions of x from the fastest in memory to the slowest; None if x has gaps or overlaps itself."""
     size, dims = 1, sorted((stride, dim) for dim, stride in enumerate(x.stride()) if x.shape[dim] > 1)
     for stride, dim in dims:
         if stride != size:
@@ -396,10 +401,10 @@ def _order(x):
 
 
 def _agreeing(name, **inputs):
-    """The inputs, once they are seen to agree in shape, device and dtype."""
+    """The inputs, checked to agree in shape, device and dtype; under autocast the widest dtype wins."""
     first, *others = inputs.values()
     if any(x.dtype != first.dtype for x in others) and torch.is_autocast_enabled(first.device.type):
-        widest = functools.reduce(torch.promote_types, (x.dtype for x in inputs.values()))  # as + and * would do
+        widest = functools.reduce(torch.promote_types, (x.dtype for x in inputs.values()))  # as + and * do
         inputs = {k: x.to(widest) for k, x in inputs.items()}
         first, *others = inputs.values()
     for what in "shape", "device", "dtype":
@@ -424,86 +429,11 @@ def fuse(model):
                 relu = i + 1 < len(layers) and isinstance(layers[i + 1], torch.nn.ReLU)
                 layers[i] = FusedNorm(norm, relu)
                 if relu:
-                    layers[i + 1] = torch.nn.Identity()  # the others keep their places, and their names in a checkpoint
-    fused = {"gated_update": fused_update, "gated_reset": fused_reset}
-    for unit in model.modules():
-        for name in "update", "reset":
-            plain = getattr(getattr(unit, name, None), "__name__", None)
-            if plain in fused:
-                setattr(unit, name, fused[plain])
+                    layers[i + 1] = torch.nn.Identity()  # keeps the other layers' names in a checkpoint
+    rurnet = sys.modules.get(f"{__package__ or ''}.rurnet".lstrip("."))  # the file beside this one, if in use
+    for unit in model.modules() if rurnet else ():
+        if getattr(unit, "update", None) is rurnet.gated_update:
+            unit.update = fused_update
+        if getattr(unit, "reset", None) is rurnet.gated_reset:
+            unit.reset = fused_reset
     return model
-
-
-# ---------------------------------------------------------------- how much of it comes true
-
-
-def _lerp_update(h, a_z, a_c):
-    return torch.lerp(torch.tanh(a_c), h, torch.sigmoid(a_z))  # eq. (5) in one operator: the best of eager PyTorch
-
-
-def _microseconds(calls):
-    """Median time of a call. A CUDA graph holds them all, so that the GPU is timed and not the Python that launches."""
-    for call in calls:
-        call()  # compiles now: a graph only records
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        kept = [call() for call in calls]  # kept, so that each call writes to memory of its own
-    times = []
-    for _ in range(25):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1000 * start.elapsed_time(end) / len(kept))
-    return statistics.median(times[5:])
-
-
-def _measure(dtype, megabytes):
-    """Print a row for each gate and direction, for tensors of that size."""
-    sets = max(2, 512 // megabytes)  # of inputs, taken in turn: 1 GB and more pass before one returns, past any cache
-
-    def tensors(count, grad=False, shapes=()):
-        n = megabytes * 2**20 // dtype.itemsize
-        new = functools.partial(torch.randn, dtype=dtype, device="cuda", requires_grad=grad)
-        return [[new(shape) for shape in shapes or [n] * count] for _ in range(sets)]
-
-    def gradients(out, xs, g):
-        return torch.autograd.grad(out, xs, g, retain_graph=True)
-
-    one_pass = _microseconds([x.clone for (x,) in tensors(1)]) / 2  # at the speed of a copy
-    updates = fused_update, plain_update, torch.compile(plain_update, dynamic=False), _lerp_update
-    resets = fused_reset, plain_reset, torch.compile(plain_reset, dynamic=False)
-    plain_norm = lambda x, w, b: torch.nn.functional.group_norm(x, 2, w, b).relu_()
-    norms = (lambda x, w, b: _Norm.apply(x, w, b, 2, 1e-5, True)), plain_norm, torch.compile(plain_norm, dynamic=False)
-    photos = 8, 8, megabytes * 2**20 // dtype.itemsize // 64
-    for gate, count, forms, *shapes in ("update", 3, updates), ("reset", 2, resets), ("norm", 3, norms, photos, 8, 8):
-        inputs, times = tensors(count, grad=True, shapes=shapes), {"forward": [], "backward": []}
-        gs = tensors(1, shapes=shapes[:1])
-        for form in forms:
-            with torch.no_grad():
-                times["forward"].append(_microseconds([functools.partial(form, *xs) for xs in inputs]))
-            outs = [form(*xs) for xs in inputs]
-            calls = [functools.partial(gradients, out, xs, g) for out, xs, g in zip(outs, inputs, gs)]
-            times["backward"].append(_microseconds(calls))
-        for way, (fused, *rest) in times.items():
-            passes = PASSES[gate, way][0]
-            row = f"{gate:8}{way:10}{str(dtype)[6:]:9}{megabytes:4} MB{fused:10.1f} us"
-            row += f"{passes * megabytes * 2**20 / fused / 1000:7.0f} GB/s{passes * one_pass / fused:8.0%}"
-            print(row + "".join(f"{other / fused:8.2f}x" for other in rest))
-    torch.compiler.reset()  # or the next size counts as a recompilation, of which only eight are allowed
-
-
-if __name__ == "__main__":
-    if torch.cuda.is_available() and triton is not None:
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n")
-        print(f"{'the fused gate':34}{'time':>13}{'traffic':>12} of copy    eager  compile     lerp, in fused times")
-        with torch.cuda.stream(torch.cuda.Stream()):  # a graph cannot be captured on the default stream
-            for dtype in torch.float32, torch.bfloat16:
-                for megabytes in 1, 4, 16, 64, 256, 512:
-                    _measure(dtype, megabytes)
-    else:
-        print("Timing the kernels takes a GPU and triton. This is the traffic that they save, in memory passes:\n")
-        print(f"{'':18}{'fused':>6}{'eager':>7}{'lerp':>6}{'eager / fused':>15}")
-        for (gate, way), (fused, eager, lerp) in PASSES.items():
-            print(f"{gate:8}{way:10}{fused:6}{eager:7}{lerp or '-':>6}{eager / fused:15.2f}")

@@ -1,313 +1,257 @@
-"""Train, evaluate, resume.
+"""Train a network on a folder of photos and masks, then print its scores on the test split.
 
-    python train.py --data hands/                                  train, then print the table on the test split
+    python train.py --data hands/                                  train and test
     python train.py --data hands/ --resume                         go on where runs/hands/last.pt stopped
-    python train.py --data hands/ --evaluate runs/hands/best.pt    the table alone
-    torchrun --nproc_per_node=2 train.py --data hands/             several GPUs, machines, or processes on CPUs
+    python train.py --data hands/ --start runs/other/best.pt       begin with the weights of another run
+    python train.py --data hands/ --evaluate runs/hands/best.pt    print the table alone
 
-Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; and samples.png, beside the checkpoint that the table is of.
+Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; samples.png beside the tested checkpoint.
+GPUs, machines, or processes on CPUs can share each batch of --batch photos:
+
+    torchrun --standalone --nproc_per_node=2 train.py --data hands/
+    torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=FIRST:29400 train.py --data hands/
+
+Run the second command on both machines. FIRST is the host name of one of them; --data and --out are on a shared disk.
+On CPUs set OMP_NUM_THREADS. Batch norm (U-Net-B, ResNets) counts each process's share by itself.
 """
 
 import argparse
-import math
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import distributed
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import baselines
-from data import open_dataset
-from fast import Recomputed, on
-from layouts import VOID
-from runs import Interrupts, foreign, join, leave, leave_signals, place, read, save, say, status_of, summed, wait_for_all, write_log
-from scoring import autocast, draw_samples, evaluate, print_table, scores
+from data import open_dataset, survey
+from evaluate import Segmenter, by_pass, draw_samples, evaluate_split, load, print_table, scores, start_from
+from paper import baselines
+from rurnet import VOID, recurrent_loss
+from support.checkpoints import one_sentence, read_checkpoint, refuse_taken, save, write_log
+from support.processes import (Interrupts, copy_buffers_from_first, finite_sum, ignore_signals, join, leave, print_once,
+                               rank_and_world, share, share_of_batches, status_of, sum_over_processes, wait_for_all)  # fmt: skip
+from support.runtime import Recomputed, autocast, for_device
+
+# ---------------------------------------------------------------- 1. configuration
 
 
-def knob(default, help, **more):
-    return field(default=default, metadata={"help": help, **more})
+def knob(default, help, within=None, choices=None):
+    return field(default=default, metadata={"help": help, "within": within, "choices": choices})
 
 
 @dataclass
 class Config:
-    data: str = knob("hands/", "folder of photos and masks; data.py tells the layouts")
+    data: str = knob("hands/", "folder of photos and masks; data.py lists the layouts")
     out: str = knob("", "folder of this run; empty: runs/ and the name of the data")
-    model: str = knob("dru", "the system, as in baselines.py", choices=list(baselines.SYSTEMS))
-    weights: str = knob("", "file of torchvision's weights for a VGG-16 or ResNet encoder")
-    level: int = knob(4, "l, poolings above the recurrent unit, 0 to 4")
-    width: int = knob(8, "channels at level 0")
-    hidden: int = knob(16, "channels of the hidden state")
-    passes: int = knob(3, "N, how often the network sees each photo")
-    alpha: float = knob(0.4, "pass t weighs alpha**(N - t) in the loss; 1 weighs all alike")
-    size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most photos are smaller")
-    crop: int = knob(0, "side of the training crops; 0: as --size")
-    rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up")
-    layout: str = knob("", "how --data is laid out, where two layouts fit; layouts.py has their names")
-    void: int = knob(VOID, "class id in the masks that neither trains nor counts, besides 255")
-    views: int = knob(1, "2 averages every photo with its mirror image when scoring, as the official code does", choices=[1, 2])
-    epochs: int = knob(30, "one shows every photo once, or as many times as make 400, in whole batches")
-    batch: int = knob(8, "photos a step")
+    model: str = knob("dru", "the system, see paper/README.md", choices=list(baselines.SYSTEMS))
+    weights: str = knob("", "torchvision's weights file for a VGG-16 or ResNet encoder")
+    level: int = knob(4, "l, poolings above the recurrent unit", (0, 4))
+    width: int = knob(8, "channels at level 0", (1, 1024))
+    hidden: int = knob(16, "channels of the hidden state", (1, 1024))
+    passes: int = knob(3, "N, how often the network sees each photo", (1, 1000))
+    alpha: float = knob(0.4, "pass t weighs alpha**(N - t) in the loss; 1 weighs all alike", (1e-6, 1))
+    size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most are smaller", (16, 8192))
+    crop: int = knob(0, "side of the training crops; 0: as --size", (16, 8192))
+    rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up", (0, 180))
+    void: int = knob(VOID, "class id that neither trains nor counts, besides 255", (0, 255))
+    views: int = knob(1, "2 scores the average of every photo and its mirror image", choices=[1, 2])
+    epochs: int = knob(30, "one shows every photo once, or as often as makes 400", (1, 10**9))
+    batch: int = knob(8, "photos a step, over all processes", (1, 10_000))
     recompute: int = knob(0, "1 trains in 0.55 of the memory, for 1.3 times the time", choices=[0, 1])
-    lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle")
-    seed: int = knob(0, "of weights, order and augmentation")
-    workers: int = knob(-1, "processes that load photos; -1: none on a CPU, 4 for a GPU")
+    lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle", (1e-12, 1))
+    seed: int = knob(0, "of weights, order and augmentation", (0, 10**9))
+    workers: int = knob(-1, "processes that load photos; -1: none on a CPU, 4 for a GPU", (0, 256))
+    start: str = knob("", "checkpoint whose weights a new run begins with")
+    resume: bool = knob(False, "go on from last.pt in --out")
+    evaluate: str = knob("", "print the table of this checkpoint; train nothing")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, within = getattr(self, f.name), f.metadata["within"]
+            if value != f.default and within and not within[0] <= value <= within[1]:
+                raise ValueError(f"--{f.name} {value}: must be from {within[0]} to {within[1]}")
+        if self.recompute and self.model not in ("dru", "sru", "dru-vgg16"):
+            raise ValueError(f"--recompute 1: works with dru, sru and dru-vgg16, not with {self.model}; leave it out")
+        if sum(map(bool, (self.start, self.resume, self.evaluate))) > 1:
+            raise ValueError("--start begins a run, --resume goes on with one, --evaluate trains nothing; choose one")
+        self.out = self.out or f"runs/{Path(self.data).resolve().name}"
 
 
-def checked(c):
-    """The Config, or a ValueError for a value that no run can have. The upper ends are far beyond what any machine can hold."""
-    least = dict(level=0, width=1, hidden=1, passes=1, size=0, crop=0, void=0, epochs=1, batch=1, seed=0, workers=-1)
-    most = dict(level=4, width=1024, hidden=1024, passes=1000, size=8192, crop=8192, void=255, batch=10_000, workers=256)
-    for name, low in least.items():
-        high = most.get(name, 10**9)
-        if not low <= getattr(c, name) <= high:
-            raise ValueError(f"--{name} {getattr(c, name)}: wanted a whole number from {low} to {high}")
-    for name in "alpha", "lr":
-        if not 0 < getattr(c, name) <= 1:
-            raise ValueError(f"--{name} {getattr(c, name)}: wanted a number above 0, at most 1")
-    if not 0 <= c.rotate <= 180:
-        raise ValueError(f"--rotate {c.rotate}: wanted degrees from 0 to 180")
-    if c.recompute and c.model not in ("dru", "sru", "dru-vgg16"):
-        raise ValueError(f"--recompute 1: works with dru, sru and dru-vgg16, and not with {c.model}; leave it out")
-    if 0 < c.size < 16 or 0 < c.crop < 16:
-        raise ValueError("--size and --crop: wanted at least 16, as the network halves a photo four times")
-    return c
-
-
-def build(c, classes):
-    """The network that a Config names. A setting that it does not have is refused, unless it was left as it is."""
-    takes = baselines.options(c.model) | {name for name in ("level", "width", "hidden", "passes") if getattr(c, name) != getattr(Config, name)}
-    return baselines.build(c.model, classes, c.weights, **{name: getattr(c, name) for name in takes - {"image_channels"}})
-
-
-def recurrent_loss(masks, truth, alpha, seen=None):
-    """sum_t alpha^(N-t) CE(s_t, truth), eq. (7): every pass is taught, the last one most. Void pixels do not count.
-
-    seen: by how many pixels to divide, where the batch is shared between processes; by default by those that truth shows."""
-    seen = (truth != VOID).sum() if seen is None else seen
-    seen = seen.clamp(min=1)  # crops may be void all over: then the loss is 0, not 0/0
-    losses = [F.cross_entropy(s, truth, ignore_index=VOID, reduction="sum") / seen for s in masks]
-    return sum(alpha ** (len(masks) - t) * loss for t, loss in enumerate(losses, 1))
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def load(path):
-    """What a checkpoint holds, and the Config of its run."""
-    content = read(path)
-    try:
-        return content, checked(Config(**content["config"]))
-    except Exception as error:  # whatever a foreign file can hold
-        raise foreign(path, error) from None
-
-
-def load_net(path, device):
-    """The network of a checkpoint, with the Config it was trained by."""
-    content, config = load(path)
-    try:
-        net = build(replace(config, weights=""), content["classes"])  # its encoder is in the checkpoint
-        net.load_state_dict(content["net"])
-    except Exception as error:  # whatever a foreign file can hold
-        raise misfit(path, config, error) from None
-    return on(device, net).eval(), config, content["classes"]
-
-
-def misfit(path, config, error):
-    what = (str(error).splitlines() or [type(error).__name__])[-1].strip()
-    return ValueError(f"{path}: does not hold the {config.model} that it names ({what}); it was made by another version, train anew")
+def parse(argv=None):
+    """The flags, over the settings of the checkpoint that they name, over the defaults."""
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        how = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
+        help = f"{f.metadata['help']} [{f.default!r}]"
+        cli.add_argument("--" + f.name, default=argparse.SUPPRESS, help=help, **how)
+    typed = vars(cli.parse_args(argv))
+    c = Config(**typed)
+    path = c.start or c.evaluate or f"{c.out}/last.pt" * c.resume
+    saved = read_checkpoint(path).get("config", {}) if path else {}
+    free = {"data", "out", "workers", "recompute", "start", "resume", "evaluate"}  # they may differ from the saved ones
+    if c.start:
+        saved = {name: saved[name] for name in ("model", "level", "width", "hidden") if name in saved}
+    if c.evaluate:
+        free |= {"size", "passes", "views", "void"}
+    for name in sorted((typed.keys() - free) & saved.keys()):
+        if typed[name] != saved[name]:
+            raise ValueError(f"--{name} {typed[name]}: {path} was made with {saved[name]}; leave it out or start a new run")
+    return Config(**saved | {"start": "", "resume": False, "out": c.out} | typed)
 
 
 # ---------------------------------------------------------------- training
 
 
-def batches(n, c, epoch, done):
-    """What this process sees of every batch from here to the end of the run, as (epoch, photo)."""
-    rank, world = place()
-    for epoch in range(epoch, c.epochs + 1):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(c.seed * 100_003 + epoch)).tolist()
-        for i in range(done, n // c.batch or 1):
-            yield [(epoch, k) for k in order[i * c.batch : (i + 1) * c.batch][rank::world]]
-        done = 0
+def network_options(c):
+    """What `build` is given. An option that the system does not have is passed if it was chosen, to be refused."""
+    names, takes = ("level", "width", "hidden", "passes"), baselines.options(c.model)
+    return {name: getattr(c, name) for name in names if name in takes or getattr(c, name) != getattr(Config, name)}
 
 
-def train(c, resume=False):
-    out, device, (rank, world) = Path(c.out), join(), place()
+def train(c, net=None, folder=None):
+    """Train by a Config and write best.pt and last.pt into its --out.
+
+    net       a network of your own in place of the Config's; `evaluate.load` then needs it too
+    folder    what `data.survey` found in c.data, where you have it already
+    """
+    out, device, (rank, world) = Path(c.out), join(), rank_and_world()
     if c.batch < world:
-        raise ValueError(f"--batch {c.batch}: is shared between {world} processes; wanted at least {world}")
-    state = load(out / "last.pt")[0] if resume else None
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; wanted the name of a folder")
-    if not resume and (out / "last.pt").exists():
-        raise ValueError(f"{out}: holds a run already; --resume goes on with it, another --out starts a new one")
+        raise ValueError(f"--batch {c.batch}: is shared between {world} processes; it must be at least {world}")
+    refuse_taken(out, c.resume)
 
-    options = dict(void=c.void, layout=c.layout, rotate=c.rotate, seed=c.seed)
-    photos = open_dataset(c.data, "train", c.size, augment=True, crop=c.crop, **options)
-    held_out = open_dataset(c.data, "val", **options)
-    names = [name for name, *_ in photos.pairs + held_out.pairs]
+    # 2. data
+    folder = folder or survey(c.data, c.void)
+    held_out = open_dataset(folder, "val")
+    c = replace(c, size=c.size or min(128, folder.short_side("train")))
+    photos = open_dataset(folder, "train", c.size, augment=True, crop=c.crop, rotate=c.rotate, seed=c.seed)
     photos.repeat = -(-400 // len(photos))
-    workers = c.workers if c.workers >= 0 else 4 * (device.type == "cuda")
 
+    # 3. network
     torch.manual_seed(c.seed)
-    net = on(device, build(replace(c, weights="") if resume else c, photos.classes))
+    network = {"name": "", "options": {}} if net else {"name": c.model, "options": network_options(c)}
+    if net is None:
+        net = baselines.build(c.model, folder.classes, None if c.resume else c.weights, **network["options"])
+    if c.start:
+        start_from(net, c.start)
+    net = for_device(net, device)
+    learner = share(Recomputed(net) if c.recompute else net)
+    # On small sets the weights of single steps swing by ten points of validation IoU; their running mean does not.
+    ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
+    model = Segmenter(ema.module, c.size, c.passes, c.views)
+
+    # 4. optimiser: AdamW and one cycle for every dataset
+    encoder = set(baselines.encoder_of(net).parameters()) if c.weights else set()
+    new, pretrained = ([p for p in net.parameters() if (p in encoder) == inside] for inside in (False, True))
+    groups = [{"params": new, "lr": c.lr}, {"params": pretrained, "lr": c.lr / 50}]  # c.lr would undo pretraining
+    optimiser = torch.optim.AdamW(groups, weight_decay=1e-2)
     steps = len(photos) // c.batch or 1
-    # AdamW, one cycle: the same for every dataset here. What is pretrained learns at a fiftieth: the full rate would unlearn it
-    pretrained = list(baselines.encoder_of(net).parameters()) if c.weights else []
-    rates = {c.lr: [p for p in net.parameters() if p not in set(pretrained)]} | ({c.lr / 50: pretrained} if pretrained else {})
-    optimiser = torch.optim.AdamW([{"params": group} for group in rates.values()], lr=c.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, list(rates), total_steps=c.epochs * steps)
-    # on small sets the weights of single steps swing by ten points of validation IoU, their running mean does not
-    mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
-    shared = Recomputed(net) if c.recompute else net
-    shared = DistributedDataParallel(shared) if world > 1 else shared  # waits until all processes are here
-    parts = {"raw": net, "mean": mean, "optimiser": optimiser, "schedule": schedule}
-    log, best, done, total = [], 0.0, 0, 0.0  # done: steps of the epoch under way; total: their losses
-    if state:
-        if state.get("classes") != photos.classes:
-            raise ValueError(f"{out / 'last.pt'}: knows {state.get('classes')} classes, {c.data} has {photos.classes}; start a new run")
-        try:
-            for name, part in parts.items():
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [g["lr"] for g in groups], total_steps=c.epochs * steps)
+
+    log, best, done, total = [], 0.0, 0, 0.0  # done: steps of the epoch under way; total: the sum of their losses
+    about = {
+        "network": network, "input": {"size": c.size, "passes": c.passes, "views": c.views}, "classes": folder.classes,
+        "config": asdict(c), "photos": [name for name, *_ in photos.pairs + held_out.pairs],
+    }  # fmt: skip
+    weights = {"model": net, "ema": ema.module}
+    everything = weights | {"optimiser": optimiser, "schedule": schedule}
+    if c.resume:
+        state = read_checkpoint(out / "last.pt")
+        if any(state.get(name) != about[name] for name in ("classes", "photos")):
+            raise ValueError(f"{c.data}: its photos or classes have changed since {out}/last.pt was written; start a new run")
+        with one_sentence(out / "last.pt"):
+            for name, part in everything.items():
                 part.load_state_dict(state[name])
-            log, best, done, total, before = (state[name] for name in ("log", "best", "done", "total", "photos"))
-        except Exception as error:
-            raise misfit(out / "last.pt", c, error) from None
-        if before != names:
-            raise ValueError(f"{c.data}: its photos have changed since {out / 'last.pt'} was written; start a new run")
+            log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
+        ema.n_averaged.fill_(schedule.last_epoch)
 
-    def checkpoint():
-        return {"net": mean.module.state_dict(), "config": asdict(c), "classes": photos.classes, "log": log}
-
-    def save_last():
-        more = {name: part.state_dict() for name, part in parts.items()}
-        save(out / "last.pt", checkpoint() | more | {"best": best, "done": done, "total": total, "photos": names})
+    def save_as(name, parts):
+        progress = {"log": log, "best": best, "done": done, "total": total}
+        if rank == 0:  # all processes hold the same
+            save(out / name, about | progress | {name: part.state_dict() for name, part in parts.items()})
 
     out.mkdir(parents=True, exist_ok=True)
-    save_last()  # a second run into this folder now meets a first
-    size = sum(p.numel() for p in net.parameters())
-    say(
-        f"{c.model}, {size:,} parameters, on {device}{f' and {world - 1} more' * (world > 1)}; {c.data} ({photos.layout}): {len(photos.pairs)} photos to train, "
-        f"{len(held_out)} to validate, {photos.classes} classes; short side {c.size}, crops {photos.crop}; to {out}/"
-    )
+    save_as("last.pt", everything)  # from here on a second run into this folder is refused
+    size, counts = sum(p.numel() for p in net.parameters()), f"{len(photos.pairs)} to train, {len(held_out)} to validate"
+    print_once(f"{c.model}, {size:,} parameters, on {device}{f' and {world - 1} more' * (world > 1)}; to {out}/")
+    print_once(f"{c.data} ({folder.layout}): {counts}; {folder.classes} classes, short side {c.size}, crops {photos.crop}")
 
+    # 5. the loop
     with Interrupts() as interrupts:
-        # one loader for the whole run: its workers stay, and a small set is decoded once
-        share = batches(len(photos), c, len(log) + 1, done)
-        pinned = device.type == "cuda"
-        loader = iter(
-            torch.utils.data.DataLoader(photos, batch_sampler=share, num_workers=workers, pin_memory=pinned, worker_init_fn=leave_signals)
-        )
+        cuda, shares = device.type == "cuda", share_of_batches(len(photos), c.batch, c.seed, len(log) + 1, c.epochs, done)
+        workers = dict(num_workers=4 * cuda if c.workers < 0 else c.workers, worker_init_fn=ignore_signals)
+        loader = iter(DataLoader(photos, batch_sampler=shares, pin_memory=cuda, **workers))  # one for the whole run
         for epoch in range(len(log) + 1, c.epochs + 1):
-            shared.train()
-            began, first = time.time(), done
-            left = islice(loader, steps - done)
-            for image, truth in tqdm(left, f"epoch {epoch}/{c.epochs}", steps, initial=done, leave=False, disable=rank > 0 or None):
+            learner.train()
+            began, left = time.time(), islice(loader, steps - done)
+            for image, truth in tqdm(left, f"epoch {epoch}", steps, False, initial=done, disable=rank > 0 or None):
                 image, truth = image.to(device, non_blocking=True), truth.to(device, non_blocking=True)
+                pixels = sum_over_processes((truth != VOID).sum())
+
                 with autocast(device):
-                    masks = shared(image, c.passes)
-                seen = summed((truth != VOID).sum())
-                loss = recurrent_loss([s.float() for s in masks], truth, c.alpha, seen)
+                    masks = learner(image, c.passes)  # logits after each of N passes
+                    loss = recurrent_loss(masks, truth, c.alpha, pixels)  # eq. (7)
                 optimiser.zero_grad()
-                (loss * world).backward()  # the processes' gradients are averaged, their losses are parts of a sum
-                gradient = torch.nn.utils.get_total_norm(p.grad for p in net.parameters())
-                loss, stop = summed(torch.tensor([loss.item(), interrupts.seen], dtype=torch.float64, device=device)).tolist()
-                if not math.isfinite(loss) or not gradient.isfinite():  # of all processes, so that all stop here
-                    bad = next((t for t, s in enumerate(masks, 1) if not s.isfinite().all()), len(masks))
-                    raise ValueError(
-                        f"the loss is {loss:.3g}, its gradient {gradient:.3g} in epoch {epoch}, step {done + 1}, since pass {bad}, at learning rate "
-                        f"{schedule.get_last_lr()[0]:.2g}; {out}/ keeps an earlier state. Try a smaller --lr"
-                    )
+                (loss * world).backward()  # processes average their gradients; their losses are parts of one sum
+                loss = finite_sum(loss, net, masks, f"epoch {epoch}, step {done + 1}")
                 optimiser.step()
                 schedule.step()
-                mean.update_parameters(net)
+                ema.update_parameters(net)
+
                 total, done = total + loss, done + 1
-                if stop:
-                    save_last()
-                    interrupts.leave(f"epoch {epoch}, step {done}", c, out)
-            speed = (steps - first) * c.batch / (time.time() - began)
-            save_last()  # a long validation may be killed
-            if world > 1:  # batch norm counts in each process by itself
-                for buffer in mean.buffers():
-                    distributed.broadcast(buffer, 0)
-            rows = [scores(matrix) for matrix in evaluate(mean.module, held_out, c, device)[0]]
-            seconds, score = time.time() - began, rows[-1]["mIoU"]
-            row = {"epoch": epoch, "loss": total / steps, "lr": schedule.get_last_lr()[0], "seconds": seconds}
-            log.append(row | {f"{name}_{t}": value for t, scored in enumerate(rows, 1) for name, value in scored.items()})
-            done, total = 0, 0.0
-            if score >= best:
-                best = score
-                save(out / "best.pt", checkpoint())
+                if interrupts.anywhere(device):
+                    save_as("last.pt", everything)
+                    interrupts.leave(f"epoch {epoch}, step {done}", c.data, out)
+
+            save_as("last.pt", everything)  # a long validation may be killed
+            copy_buffers_from_first(ema.module)
+            rows = [scores(matrix) for matrix in evaluate_split(model, held_out)[0]]
+            seconds, score, loss = time.time() - began, rows[-1]["mIoU"], total / steps
+            log.append({"epoch": epoch, "loss": loss, "lr": schedule.get_last_lr()[0], "seconds": seconds, **by_pass(rows)})
+            best, done, total = max(best, score), 0, 0.0
+            if score == best:
+                save_as("best.pt", weights)
             if rank == 0:
                 write_log(log, out)
-            save_last()
-            say(
-                f"epoch {epoch:3}/{c.epochs}  loss {row['loss']:.4f}  val mIoU {score:.4f}  best {best:.4f}  "
-                f"{speed:5.1f} photos/s  {(c.epochs - epoch) * seconds / 60:.0f} min left"
-            )
-            if summed(torch.tensor(interrupts.seen, device=device)):
-                interrupts.leave(f"epoch {epoch}", c, out)
+            save_as("last.pt", everything)
+            left = (c.epochs - epoch) * seconds / 60
+            print_once(f"epoch {epoch:3}/{c.epochs}  loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}  {left:.0f} min left")
+            if interrupts.anywhere(device):
+                interrupts.leave(f"epoch {epoch}", c.data, out)
 
 
-def test(c, checkpoint):
-    """The closing table, from the checkpoint that was best on validation."""
-    device = join()
-    net, _, classes = load_net(checkpoint, device)
-    photos = open_dataset(c.data, "test", void=c.void, layout=c.layout)
-    if photos.classes != classes:
-        raise ValueError(f"{checkpoint}: knows {classes} classes, {c.data} has {photos.classes}; evaluate on data of the same kind")
-    matrices, curves = evaluate(net, photos, c, device)
-    if place()[0] == 0:
-        print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {checkpoint}", photos.names)
-        draw_samples(net, photos, c, device, checkpoint.parent / "samples.png")
+# ---------------------------------------------------------------- 6. test
 
 
-# ---------------------------------------------------------------- main
-
-
-def parse(argv=None):
-    """Flags over the checkpoint's own settings, where one is named, over the defaults."""
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        help = f"{f.metadata['help']} [{f.default!r}]"
-        cli.add_argument("--" + f.name, type=f.type, default=f.default, **f.metadata | {"help": help})
-    cli.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
-    cli.add_argument("--evaluate", type=Path, metavar="CKPT", help="print the table of this checkpoint; train nothing")
-    first = cli.parse_args(argv)
-    if first.evaluate and first.resume:
-        raise ValueError("--evaluate and --resume: the one trains nothing, the other goes on training; choose one")
-    first.out = first.out or f"runs/{Path(first.data).resolve().name}"
-    start = first.evaluate or (Path(first.out) / "last.pt" if first.resume else None)
-    saved = asdict(load(start)[1]) if start else {}
-    cli.set_defaults(**saved)
-    args = vars(cli.parse_args(argv)) | {"out": first.out}
-    resume, checkpoint = args.pop("resume"), args.pop("evaluate")
-    c = checked(Config(**args))
-    kept = {"model", "level", "width", "hidden"} if checkpoint else saved.keys() - {"data", "out", "workers", "recompute"}
-    for name in sorted(kept & saved.keys()):
-        if args[name] != saved[name]:
-            raise ValueError(f"--{name} {args[name]}: {start} was made with {saved[name]}; leave it out, or start a new run")
-    if not c.size:
-        c.size = min(128, open_dataset(c.data, "train", void=c.void, layout=c.layout).typical)
-    c.crop = c.crop or c.size
-    return c, resume, checkpoint
+def test(c, folder):
+    """Print the closing table of best.pt, or of --evaluate, and draw samples.png beside it."""
+    path = Path(c.evaluate or f"{c.out}/best.pt")
+    model, photos = load(path, join()), open_dataset(folder, "test")
+    if photos.classes != model.classes:
+        raise ValueError(f"{path}: has {model.classes} classes, {c.data} {photos.classes}; evaluate on data of the same kind")
+    if c.evaluate:
+        model.size, model.passes, model.views = c.size or model.size, c.passes, c.views
+    matrices, curves = evaluate_split(model, photos)
+    if rank_and_world()[0] == 0:
+        print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {path}", folder.names)
+        draw_samples(model, photos, path.parent / "samples.png")
 
 
 def main():
     try:
-        c, resume, checkpoint = parse()
-        if not checkpoint:
-            train(c, resume)
-            wait_for_all()  # until best.pt is there
-        test(c, checkpoint or Path(c.out) / "best.pt")
+        c = parse()
+        folder = survey(c.data, c.void)
+        if not c.evaluate:
+            train(c, folder=folder)
+            wait_for_all()  # until the first has written best.pt
+        test(c, folder)
         status = 0
     except BaseException as error:
         if (status := status_of(error)) is None:
             raise
-    leave(status)  # only here, when train() and the workers it loads with are gone
+    leave(status)  # here, when the workers of train() are gone
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The toy set: seeded drawings that pass for photographs of hands over desks, each with its exact skin mask.
 
-Hands of varied skin, pose and light, bare forearms or sleeves, clutter, and much that has the colour of skin and is none.
+Hands of varied skin, pose and light, bare forearms or sleeves, clutter, and many things with the colour of skin.
 `python data.py hands/` draws it.
 """
 
@@ -22,7 +22,7 @@ FLAT = {"paper": (64, 86, 1, 17, .85, .25, (236, 234, 226)), "keyboard": (112, 3
 # width, height, then a grid of marks (columns, rows, how much of its cell a mark fills, across and down), colour
 
 def pick_colour(rng, skin=0.):
-    """A skin tone with probability `skin`, so that colour alone cannot tell a hand from a ruler; else one that no skin has."""
+    """A skin tone with probability `skin`, so that colour alone does not reveal a hand; else a colour no skin has."""
     t, i = np.modf(rng.uniform(0, len(SKINS) - 1))
     tone = (SKINS[int(i)] * (1 - t) + SKINS[int(i) + 1] * t) * rng.uniform(.95, 1.05, 3)
     other = rng.uniform(30, 210) + rng.uniform(-60, 60, 3)
@@ -163,7 +163,7 @@ def camera(rng, photo, light):
 def draw_hand_photo(rng, width=160, height=120, move=0j, turn=0.):
     """Return a photograph (RGB) of one or two hands over a cluttered desk, and the mask (L, 0 or 255) of its skin.
 
-    The same rng with another `move`, in widths, or `turn`, in radians, is the same desk, and the hand elsewhere: a frame of a video."""
+    The same rng with another `move` (in widths) or `turn` (in radians) moves the hand over the same desk: a video."""
     size, light = (width * S, height * S), .55 * np.exp(1j * rng.uniform(0, 2 * np.pi))
     canvas, mask = draw_desk(rng, size), Image.new("L", size)
     def somewhere(margin=0.):
@@ -195,16 +195,3 @@ def draw_set(folder, count=240, seed=0):
     cuts = 0, round(0.7 * count), round(0.85 * count), count
     for split, a, b in zip(("train", "val", "test"), cuts, cuts[1:]):
         (folder / f"{split}.txt").write_text("\n".join(names[a:b]) + "\n")
-
-def draw_clips(folder, clips=8, frames=30, seed=1):
-    """images/CLIP_FRAME.jpg and masks/CLIP_FRAME.png: in each clip a hand wanders over its desk, swinging about its wrist."""
-    (folder / "images").mkdir(parents=True)
-    (folder / "masks").mkdir()
-    for clip in range(clips):
-        ways = np.random.default_rng([seed, clip]).uniform(-1, 1, 6)
-        for frame in range(frames):
-            t = 2 * np.pi * frame / frames
-            move = .22 * (ways[0] * np.sin(t) + 1j * ways[1] * np.sin(2 * t + ways[2]))
-            photo, mask = draw_hand_photo(np.random.default_rng([seed, clip, 1]), move=move, turn=.5 * ways[3] * np.sin(t + ways[4]))
-            photo.save(folder / "images" / f"clip{clip}_{frame:02d}.jpg", quality=90)
-            mask.save(folder / "masks" / f"clip{clip}_{frame:02d}.png")

@@ -1,8 +1,8 @@
-"""The systems that the paper compares, built from rurnet's parts; each reads as what it changes against the U-Net.
+"""The systems that the paper compares, built from rurnet's parts. Each class reads as its difference from the U-Net.
 
-    from baselines import build
+    from paper.baselines import build
     net = build("dru-vgg16", classes=2, weights="vgg16.pth")
-    masks = net(image, passes=3)      # a list of logits (B, K, H, W); systems without recurrence answer a list of one
+    masks = net(image, passes=3)      # a list of logits (B, K, H, W); of length one without recurrence
 
     name                              what it is                                                          parameters
     unet-b, unet-g                    one pass, batch or group norm                                          486,562
@@ -15,7 +15,8 @@
     deeplabv3plus                     ResNet-50 at output stride 16, dilated convolutions               40.35 million
     refinenet                         ResNet-101, multi-resolution fusion, chained pooling             104.45 million
 
-`weights` names a file of torchvision's for the encoder (VGG-16, ResNet-50, ResNet-101), trained on ImageNet.
+`weights` names torchvision's file for the encoder (VGG-16, ResNet-50, ResNet-101), trained on ImageNet.
+To add a system, write its class and name it in SYSTEMS.
 """
 
 import inspect
@@ -26,7 +27,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rurnet import DRU, DoubleConv, PlainUNet, RecurrentUNet, UNet, Up, check_image, check_passes, gated_reset, gated_update, widths_from, whole
+from rurnet import (DRU, DoubleConv, PlainUNet, RecurrentUNet, UNet, Up, check_counts, check_image, count_passes,
+                    five_widths, gated_reset, gated_update)  # fmt: skip
+from support.checkpoints import read_tensors
 
 # ---------------------------------------------------------------- the U-Net with one thing changed
 
@@ -46,14 +49,14 @@ class RecSimple(nn.Module):
 
     def __init__(self, classes=2, width=8, image_channels=3, passes=3):
         super().__init__()
-        self.image_channels, self.classes, self.passes = image_channels, classes, check_passes(passes)
-        self.unet = UNet(image_channels + classes, widths_from(width))
+        self.image_channels, self.classes, self.passes = image_channels, classes, passes
+        self.unet = UNet(image_channels + classes, five_widths(width))
         self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, image, passes=None):
         check_image(image, self)
         mask, masks = image.new_zeros(image.shape[0], self.classes, *image.shape[2:]), []
-        for _ in range(self.passes if passes is None else check_passes(passes)):
+        for _ in range(count_passes(self, passes)):
             masks.append(self.head(self.unet(torch.cat([image, mask], dim=1))))
             mask = masks[-1].softmax(1)
         return masks
@@ -79,7 +82,7 @@ class RecMiddle(nn.Module):
 
     def __init__(self, classes=2, width=8, image_channels=3, passes=3):
         super().__init__()
-        self.image_channels, self.passes, widths = image_channels, check_passes(passes), widths_from(width)
+        self.image_channels, self.passes, widths = image_channels, passes, five_widths(width)
         self.unet = UNet(image_channels, widths, middle=ConvGRU(widths[3], widths[4]))
         self.head = nn.Conv2d(width, classes, 1)
 
@@ -87,7 +90,7 @@ class RecMiddle(nn.Module):
         check_image(image, self)
         e, skips = self.unet.encode(image)
         h, masks = e.new_zeros(e.shape[0], self.unet.middle.c_h, *e.shape[2:]), []
-        for _ in range(self.passes if passes is None else check_passes(passes)):
+        for _ in range(count_passes(self, passes)):
             h = self.unet.middle(e, h)
             masks.append(self.head(self.unet.decode(h, skips)))
         return masks
@@ -98,15 +101,15 @@ class RecLast(nn.Module):
 
     def __init__(self, classes=2, width=8, image_channels=3, passes=3):
         super().__init__()
-        self.image_channels, self.passes = image_channels, check_passes(passes)
-        self.unet, self.unit = UNet(image_channels, widths_from(width)), ConvGRU(width, width)
+        self.image_channels, self.passes = image_channels, passes
+        self.unet, self.unit = UNet(image_channels, five_widths(width)), ConvGRU(width, width)
         self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, image, passes=None):
         check_image(image, self)
         e, masks = self.unet(image), []
         h = torch.zeros_like(e)
-        for _ in range(self.passes if passes is None else check_passes(passes)):
+        for _ in range(count_passes(self, passes)):
             h = self.unit(e, h)
             masks.append(self.head(h))
         return masks
@@ -150,7 +153,8 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
         self.downsample = None
         if stride > 1 or c_in != 4 * width:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+            shortcut = nn.Conv2d(c_in, 4 * width, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * width))
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -188,23 +192,21 @@ class ResNet(nn.Module):
 
 
 def load_encoder(encoder, path):
-    """Fill the encoder from a state-dict file of torchvision's. Channels beyond the photo's three start at zero."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        found = {name: value for name, value in found.items() if not name.startswith(("classifier.", "fc."))}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; wanted torchvision's state dict of the encoder") from None
-    except Exception as error:  # torch.load answers a broken file with half a dozen kinds of exception
-        raise ValueError(f"{path}: is not a state dict, or is damaged ({type(error).__name__})") from None
+    """Fill the encoder from torchvision's state-dict file. Channels beyond the photo's three start at zero."""
+    found = read_tensors(path, "torchvision's state dict of the encoder")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: is a {type(found).__name__}; it must be torchvision's state dict of the encoder")
+    found = {name: value for name, value in found.items() if not str(name).startswith(("classifier.", "fc."))}
     wanted = encoder.state_dict()
     first = next(iter(wanted))  # the first convolution, which may see a mask as well
-    if torch.is_tensor(found.get(first)) and found[first].shape[1] < wanted[first].shape[1] and found[first].dim() == 4:
-        extra = wanted[first].shape[1] - found[first].shape[1]
+    extra = wanted[first].shape[1] - 3
+    if torch.is_tensor(found.get(first)) and found[first].shape[1:2] == (3,) and found[first].dim() == 4:
         found[first] = F.pad(found[first], (0, 0, 0, 0, 0, extra))
     shapes, have = ({n: tuple(getattr(v, "shape", ())) for n, v in d.items()} for d in (wanted, found))
-    wrong = [f"{n} is missing" for n in shapes if n not in have and not n.endswith("num_batches_tracked")]  # older files lack it
+    optional = "num_batches_tracked"  # older files lack it
+    wrong = [f"{n} is missing" for n in shapes if n not in have and not n.endswith(optional)]
     wrong += [f"{n} is not part of it" for n in have if n not in shapes]
-    wrong += [f"{n} is {have[n]}, wanted {shapes[n]}" for n in shapes if n in have and have[n] != shapes[n]]
+    wrong += [f"{n} is {have[n]}, not {shapes[n]}" for n in shapes if n in have and have[n] != shapes[n]]
     if wrong:
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(f"{path}: does not fit {type(encoder).__name__}: {'; '.join(wrong[:4])}{more}")
@@ -215,7 +217,7 @@ def load_encoder(encoder, path):
 
 
 class Around(nn.Module):
-    """A decoder of the paper's kind around an encoder, with 512 channels between; `encode` and `decode` as in rurnet.UNet."""
+    """A decoder of the paper's kind around an encoder, with 512 channels between; called as rurnet.UNet."""
 
     def __init__(self, encoder, c_in):
         super().__init__()
@@ -233,7 +235,7 @@ class Around(nn.Module):
         e, skips = self.encoder(x)
         if self.stem:
             return e, [self.stem(x), *skips]
-        # VGG-16 has no norm: pretrained, its features are far larger than what they are joined with, at random far smaller
+        # VGG-16 has no norm: its features are far larger than the decoder's when pretrained, far smaller at random.
         return F.group_norm(e, 8), [F.group_norm(skip, 8) for skip in skips]
 
     decode = UNet.decode
@@ -263,7 +265,7 @@ class DeepDRU(RecurrentUNet):
 
     def __init__(self, encoder, classes=2, image_channels=3, passes=3):
         nn.Module.__init__(self)  # the parts differ, everything else is RecurrentUNet's
-        self.image_channels, self.classes, self.passes = image_channels, classes, check_passes(passes)
+        self.image_channels, self.classes, self.passes = image_channels, classes, passes
         self.level, self.hidden, c_in = 5, 512, image_channels + classes
         self.outer = Around(encoder(c_in), c_in)
         self.unit = (DRU if encoder is VGG16 else NarrowDRU)(self.outer.encoder.c_e, 512)
@@ -272,7 +274,7 @@ class DeepDRU(RecurrentUNet):
 
 
 class NarrowDRU(DRU):
-    """DRU behind a 1x1 convolution: on all 2048 channels of ResNet-50 the reset gate alone would have 75 million parameters."""
+    """DRU behind a 1x1 convolution: on ResNet-50's 2048 channels the reset gate would have 75 million parameters."""
 
     def __init__(self, c_e, c_h):
         super().__init__(c_h, c_h)
@@ -286,13 +288,13 @@ class NarrowDRU(DRU):
 
 
 def conv(c_in, c_out, size=3, dilation=1):
-    """Convolution, group norm, ReLU: group norm, unlike batch norm, trains on one photo too."""
-    padding = dilation * (size // 2)
-    return nn.Sequential(nn.Conv2d(c_in, c_out, size, padding=padding, dilation=dilation, bias=False), nn.GroupNorm(8, c_out), nn.ReLU())
+    """Convolution, group norm, ReLU. Unlike batch norm, group norm can train on a single photo."""
+    layer = nn.Conv2d(c_in, c_out, size, padding=dilation * (size // 2), dilation=dilation, bias=False)
+    return nn.Sequential(layer, nn.GroupNorm(8, c_out), nn.ReLU())
 
 
-def resize(x, like):
-    return F.interpolate(x, like.shape[-2:], mode="bilinear")
+def resize_like(x, other):
+    return F.interpolate(x, other.shape[-2:], mode="bilinear")
 
 
 class DeepLabV3Plus(nn.Module):
@@ -313,8 +315,8 @@ class DeepLabV3Plus(nn.Module):
         e, skips = self.encoder(image)
         whole = self.whole(e.mean((2, 3), keepdim=True)).expand(-1, -1, *e.shape[2:])
         e = self.join(torch.cat([*(scale(e) for scale in self.scales), whole], dim=1))
-        d = torch.cat([resize(e, skips[1]), self.sharp(skips[1])], dim=1)
-        return [resize(self.head(self.refine(d)), image)]
+        d = torch.cat([resize_like(e, skips[1]), self.sharp(skips[1])], dim=1)
+        return [resize_like(self.head(self.refine(d)), image)]
 
 
 class Residual(nn.Module):
@@ -333,14 +335,15 @@ class Refine(nn.Module):
 
     def __init__(self, c_fine, c_coarse, c):
         super().__init__()
-        self.adapt = nn.ModuleList(nn.Sequential(nn.Conv2d(n, c, 3, padding=1), Residual(c), Residual(c)) for n in (c_fine, c_coarse) if n)
+        adapt = lambda n: nn.Sequential(nn.Conv2d(n, c, 3, padding=1), Residual(c), Residual(c))
+        self.adapt = nn.ModuleList(adapt(n) for n in (c_fine, c_coarse) if n)
         self.fuse = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for _ in self.adapt)
         self.chain = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for _ in range(2))
         self.out = Residual(c)
 
     def forward(self, fine, coarse=None):
         inputs = [fine] if coarse is None else [fine, coarse]
-        x = F.relu(sum(resize(fuse(adapt(i)), fine) for i, adapt, fuse in zip(inputs, self.adapt, self.fuse)))
+        x = F.relu(sum(resize_like(fuse(adapt(i)), fine) for i, adapt, fuse in zip(inputs, self.adapt, self.fuse)))
         pooled = x
         for layer in self.chain:
             pooled = layer(F.max_pool2d(pooled, 5, 1, padding=2))
@@ -355,7 +358,8 @@ class RefineNet(nn.Module):
         super().__init__()
         self.image_channels = image_channels
         self.encoder = ResNet(image_channels, depths=(3, 4, 23, 3))
-        self.refine = nn.ModuleList(Refine(*c) for c in ((2048, 0, 512), (1024, 512, 256), (512, 256, 256), (256, 256, 256)))
+        channels = (2048, 0, 512), (1024, 512, 256), (512, 256, 256), (256, 256, 256)
+        self.refine = nn.ModuleList(Refine(*c) for c in channels)
         self.head = nn.Conv2d(256, classes, 3, padding=1)
 
     def forward(self, image, passes=None):
@@ -364,7 +368,7 @@ class RefineNet(nn.Module):
         d = self.refine[0](e)
         for refine, skip in zip(self.refine[1:], reversed(skips[1:])):
             d = refine(skip, d)
-        return [resize(self.head(d), image)]
+        return [resize_like(self.head(d), image)]
 
 
 # ---------------------------------------------------------------- all by name
@@ -394,19 +398,20 @@ def options(name):
 
 
 def encoder_of(net):
-    """The VGG-16 or ResNet of a system; None where it has none."""
+    """The VGG-16 or ResNet of a system, or None."""
     return next((m for m in net.modules() if isinstance(m, (VGG16, ResNet))), None)
 
 
 def build(name, classes, weights=None, **chosen):
-    """The system of that name: model(image, passes) is a list of logits. ValueError for a name, option or file that is none."""
-    if foreign := chosen.keys() - options(name):
-        raise ValueError(f"{name} takes no {min(foreign)}; it takes {', '.join(sorted(options(name)))}")
-    whole("classes", classes, 2), whole("image_channels", chosen.get("image_channels", 3), 1)
+    """The system of that name: model(image, passes) is a list of logits. ValueError for an unknown name or option, or
+    an unfit file."""
+    if unknown := chosen.keys() - options(name):
+        raise ValueError(f"{name} takes no {min(unknown)}; it takes {', '.join(sorted(options(name)))}")
+    check_counts(classes=classes, **{k: v for k, v in chosen.items() if k not in ("unit", "level")})
     net = SYSTEMS[name](classes=classes, **chosen)
     if weights:
         encoder = encoder_of(net)
         if encoder is None:
-            raise ValueError(f"{name} has no pretrained encoder, so {weights} has no place in it")
+            raise ValueError(f"{name} has no pretrained encoder; leave {weights} out")
         load_encoder(encoder, weights)
     return net

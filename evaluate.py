@@ -1,0 +1,187 @@
+"""From a checkpoint to a network, from a network to masks, from masks to scores: one path for training and prediction.
+
+    model = load("runs/hands/best.pt")
+    masks = segment(model, read_photo("photo.jpg"))    # probabilities (K, H, W) after each pass, at the photo's size
+
+A photo of any size is shown to the network at the size of its training. Its masks, and the scores, have the photo's
+own size. Scores come from one confusion matrix over a whole split, never from averages over photos.
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from paper.baselines import build
+from support.checkpoints import one_sentence, read_checkpoint
+from support.pictures import VOID, normalise, resize
+from support.processes import gather_from_processes, print_once, rank_and_world
+from support.runtime import autocast, for_device
+
+# ---------------------------------------------------------------- 1. from a checkpoint to a network
+
+
+class Segmenter(nn.Module):
+    """A network and how it is shown photos.
+
+    size      short side of the photos that it sees, in pixels
+    passes    N, how often it looks
+    views     2 averages each photo with its mirror image, as the official code does
+    """
+
+    def __init__(self, net, size, passes, views):
+        super().__init__()
+        if not (16 <= size <= 8192 and 1 <= passes <= 1000 and views in (1, 2)):
+            raise ValueError(f"size {size}, passes {passes}, views {views}")
+        self.net, self.size, self.passes, self.views = net, size, passes, views
+
+    def forward(self, image):
+        """Normalised images (B, 3, h, w) -> the logits (B, K, h, w) of every pass."""
+        masks = self.net(image, self.passes)
+        if self.views == 1:
+            return masks
+        mirrored = self.net(image.flip(-1), self.passes)
+        return [torch.logaddexp(s.log_softmax(1), m.log_softmax(1).flip(-1)) for s, m in zip(masks, mirrored)]
+
+    def to_input(self, photo):
+        """RGB picture -> (1, 3, h, w) on the network's device."""
+        return normalise(resize(photo, self.size))[None].to(next(self.parameters()).device)
+
+
+def load(path, device=torch.device("cpu"), net=None):
+    """The Segmenter of a checkpoint, with the running mean of the weights; its attribute `classes` is K.
+
+    `net` is needed where paper.baselines cannot build the network. ValueError says what is wrong with the file.
+    """
+    content = read_checkpoint(path)
+    with one_sentence(path):
+        network, classes = content["network"], content["classes"]
+        net = net or build(network["name"], classes, **network["options"])
+        net.load_state_dict(content["ema"])
+        model = Segmenter(for_device(net, device), **content["input"]).eval()
+        model.classes = classes
+        return model
+
+
+def start_from(net, path):
+    """Fill a new network from another run's checkpoint. The head stays new where the classes differ."""
+    content, own = read_checkpoint(path), net.state_dict()
+    weights = content["ema"]
+    new = [name for name in own if name.startswith("head.") and own[name].shape != weights[name].shape]
+    for name in own.keys() - set(new):
+        overlap = tuple(map(slice, map(min, own[name].shape, weights[name].shape)))
+        own[name][overlap] = weights[name][overlap]  # all of it; of the first layer the photo's and shared masks'
+    if new:
+        print_once(f"--start {path}: was trained for {content['classes']} classes, so the head is new")
+
+
+# ---------------------------------------------------------------- 2. from a network to masks
+
+
+def to_photo(s, photo):
+    """Logits (1, K, h, w) -> probabilities (K, H, W) at the photo's own size, on the CPU."""
+    return F.interpolate(s.float(), photo.size[::-1], mode="bilinear")[0].softmax(0).cpu()
+
+
+@torch.no_grad()
+def segment(model, photo, every=True):
+    """RGB picture of any size -> the probabilities (K, H, W) after every pass, or a list of the last alone."""
+    image = model.to_input(photo)
+    with autocast(image.device):
+        masks = model(image)
+    return [to_photo(s, photo) for s in (masks if every else masks[-1:])]
+
+
+@torch.no_grad()
+def segment_frame(model, photo, state):
+    """One pass over a frame of a video, from the state of the last frame or None: probabilities and the next state."""
+    image = model.to_input(photo)
+    if state is None or state[0].shape[2:] != image.shape[2:]:
+        state = model.net.start(image)
+    with autocast(image.device):
+        s, state = model.net.step(image, state)
+    return to_photo(s, photo), state
+
+
+# ---------------------------------------------------------------- 3. from masks to scores
+
+
+def confusion(prediction, truth, classes):
+    """(K, K): how many pixels of class row were called class column. Void pixels do not count."""
+    seen = truth != VOID
+    return torch.bincount(truth[seen] * classes + prediction[seen], minlength=classes**2).view(classes, classes)
+
+
+def class_ious(matrix):
+    """(K,) in float64, eq. (8); NaN for a class that neither occurs nor is called."""
+    matrix = matrix.double()
+    return matrix.diag() / (matrix.sum(0) + matrix.sum(1) - matrix.diag())
+
+
+def scores(matrix):
+    """Means over the classes that occur or are called; of two classes also the foreground's IoU and F1. Eq. (8)."""
+    matrix = matrix.double()
+    hit, true, called = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    iou, f1 = class_ious(matrix), 2 * hit / (true + called)
+    precision, recall = hit / called.clamp(min=1), hit / true.clamp(min=1)
+    table = {"mIoU": iou, "mPrec": precision, "mRec": recall, "mF1": f1}
+    row = {name: values[true + called > 0].mean().item() for name, values in table.items()}
+    return row | {"IoU": iou[1].item(), "F1": f1[1].item()} if len(matrix) == 2 else row
+
+
+def break_even(curve):
+    """F1 where precision equals recall. curve (2, bins): pixels of either class by the foreground's probability."""
+    hit, called = curve[1].flip(0).cumsum(0), curve.sum(0).flip(0).cumsum(0)  # at every threshold, from 1 down
+    true = curve[1].sum()
+    at = (called - true).abs().argmin()  # as many called as there are, so hit / called = hit / true
+    return (2 * hit[at] / (called[at] + true)).item()
+
+
+def by_pass(rows):
+    """One row of a log: {"mIoU_1": ..., "mIoU_2": ...}."""
+    return {f"{name}_{t}": value for t, row in enumerate(rows, 1) for name, value in row.items()}
+
+
+def evaluate_split(model, photos):
+    """Over all photos, for every pass: confusion matrices (N, K, K) and, of the foreground, curves (N, 2, 1001)."""
+    model.eval()
+    matrices, curves = 0, 0
+    rank, world = rank_and_world()
+    for i in tqdm(range(rank, len(photos), world), desc="evaluate", leave=False, disable=rank > 0 or None):
+        photo, mask = photos.pictures(i)
+        truth = torch.from_numpy(np.array(mask, np.int64))
+        masks = segment(model, photo)
+        matrices += torch.stack([confusion(p.argmax(0), truth, photos.classes) for p in masks])
+        seen = truth != VOID
+        bins = [(truth[seen] == 1) * 1001 + (1000 * p[1][seen]).round().long() for p in masks]
+        curves += torch.stack([torch.bincount(b, minlength=2002).view(2, 1001) for b in bins])
+    return tuple(map(sum, zip(*gather_from_processes((matrices, curves)))))
+
+
+def print_table(matrices, curves, title, names):
+    rows = [scores(matrix) for matrix in matrices]
+    if len(matrices[0]) == 2:
+        rows = [row | {"BEP": break_even(curve)} for row, curve in zip(rows, curves)]
+    print(f"\n{title}\npass  " + "  ".join(f"{name:>6}" for name in rows[0]))
+    for t, row in enumerate(rows, 1):
+        print(f"{t:4}  " + "  ".join(f"{value:6.4f}" for value in row.values()))
+    if len(matrices[0]) > 2:
+        ious = [f"{names[k] if names else k} {iou:.4f}" for k, iou in enumerate(class_ious(matrices[-1]).tolist())]
+        print("IoU of each class, last pass: " + ", ".join(ious))
+
+
+def draw_samples(model, photos, path, rows=4, height=160):
+    """One row for each of a few photos: photo, truth, the mask after pass 1, 2, ..., N."""
+    lines = []
+    for i in np.linspace(0, len(photos) - 1, min(rows, len(photos))).astype(int):
+        photo, truth = photos.pictures(i)
+        masks = [np.asarray(truth, int), *(p.argmax(0).numpy() for p in segment(model, photo))]
+        greys = [np.where(m == VOID, 96, m * 255 // (photos.classes - 1)).astype(np.uint8) for m in masks]
+        shape = max(1, round(height * photo.width / photo.height)), height
+        pictures = [p.resize(shape) for p in (photo, *(Image.fromarray(grey).convert("RGB") for grey in greys))]
+        lines.append(np.hstack([np.pad(p, ((2, 2), (2, 2), (0, 0)), constant_values=255) for p in pictures]))
+    wide = max(line.shape[1] for line in lines)
+    sheet = [np.pad(line, ((0, 0), (0, wide - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
+    Image.fromarray(np.vstack(sheet)).save(path)
