@@ -25,7 +25,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from paper import datasets
 from support.pictures import (MEAN, SPLITS, VOID, Found, by_stem, has, normalise, read_labels, read_list, read_photo,
-                              refuse_floats, resize, unreadable)  # fmt: skip
+                              resize, unreadable)  # fmt: skip
 from support.toy import draw_set
 
 # ---------------------------------------------------------------- 1. which photo belongs to which mask
@@ -161,10 +161,11 @@ def inspect_pair(pair):
             else:
                 size = ImageOps.exif_transpose(head).size  # Pillow turns a TIFF's size before its pixels
             head.load()
+        if head.mode == "F":
+            raise ValueError("floating-point values of unknown range")
     except Exception as error:  # as in open_picture
         return None, None, str(unreadable(photo, error))
     try:
-        refuse_floats(photo, head)
         labels = read() if read else read_labels(mask)
     except ValueError as error:
         return None, None, str(error)

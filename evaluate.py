@@ -9,7 +9,8 @@ own size. Scores come from one confusion matrix over a whole split, never from a
 
 import numpy as np
 import torch
-from PIL import Image
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -24,12 +25,8 @@ from support.runtime import autocast, for_device
 
 
 class Segmenter(nn.Module):
-    """A network and how it is shown photos.
-
-    size      short side of the photos that it sees, in pixels
-    passes    N, how often it looks
-    views     2 averages each photo with its mirror image, as the official code does
-    """
+    """A network and how it is shown photos: their short side in pixels, N passes, and 1 or 2 views. Two views are
+    averaged, a photo and its mirror image, as in the official code."""
 
     def __init__(self, net, size, passes, views):
         super().__init__()
@@ -51,10 +48,8 @@ class Segmenter(nn.Module):
 
 
 def load(path, device=torch.device("cpu"), net=None):
-    """The Segmenter of a checkpoint, with the running mean of the weights; its attribute `classes` is K.
-
-    `net` is needed where paper.baselines cannot build the network. ValueError says what is wrong with the file.
-    """
+    """The Segmenter of a checkpoint, with the running mean of the weights; its attribute `classes` is K. `net` is
+    needed where paper.baselines cannot build the network. ValueError says what is wrong with the file."""
     content = read_checkpoint(path)
     with one_sentence(path):
         network, classes = content["network"], content["classes"]
@@ -65,14 +60,18 @@ def load(path, device=torch.device("cpu"), net=None):
         return model
 
 
-def start_from(net, path):
+def start_from(net, path, network):
     """Fill a new network from another run's checkpoint. The head stays new where the classes differ."""
     content, own = read_checkpoint(path), net.state_dict()
-    weights = content["ema"]
-    new = [name for name in own if name.startswith("head.") and own[name].shape != weights[name].shape]
-    for name in own.keys() - set(new):
-        overlap = tuple(map(slice, map(min, own[name].shape, weights[name].shape)))
-        own[name][overlap] = weights[name][overlap]  # all of it; of the first layer the photo's and shared masks'
+    there, here = ({**d, "options": d["options"] | {"passes": None}} for d in (content["network"], network))
+    if there != here:
+        raise ValueError(f"--start {path}: holds {content['network']}; this run builds {network}")
+    with one_sentence(path):
+        weights = content["ema"]
+        new = [name for name in own if name.startswith("head.") and own[name].shape != weights[name].shape]
+        for name in own.keys() - set(new):
+            shared = tuple(map(slice, map(min, own[name].shape, weights[name].shape)))
+            own[name][shared] = weights[name][shared]  # everything, or the channels of photo and common classes
     if new:
         print_once(f"--start {path}: was trained for {content['classes']} classes, so the head is new")
 
@@ -172,16 +171,16 @@ def print_table(matrices, curves, title, names):
         print("IoU of each class, last pass: " + ", ".join(ious))
 
 
-def draw_samples(model, photos, path, rows=4, height=160):
-    """One row for each of a few photos: photo, truth, the mask after pass 1, 2, ..., N."""
-    lines = []
-    for i in np.linspace(0, len(photos) - 1, min(rows, len(photos))).astype(int):
-        photo, truth = photos.pictures(i)
-        masks = [np.asarray(truth, int), *(p.argmax(0).numpy() for p in segment(model, photo))]
-        greys = [np.where(m == VOID, 96, m * 255 // (photos.classes - 1)).astype(np.uint8) for m in masks]
-        shape = max(1, round(height * photo.width / photo.height)), height
-        pictures = [p.resize(shape) for p in (photo, *(Image.fromarray(grey).convert("RGB") for grey in greys))]
-        lines.append(np.hstack([np.pad(p, ((2, 2), (2, 2), (0, 0)), constant_values=255) for p in pictures]))
-    wide = max(line.shape[1] for line in lines)
-    sheet = [np.pad(line, ((0, 0), (0, wide - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
-    Image.fromarray(np.vstack(sheet)).save(path)
+def draw_samples(model, photos, path, rows=4):
+    """A few photos, a row for each: photo, truth, the mask after pass 1, 2, ..., N. Void is blue."""
+    pairs = [photos.pictures(i) for i in np.linspace(0, len(photos) - 1, min(rows, len(photos))).astype(int)]
+    lines = [[photo, truth, *(p.argmax(0) for p in segment(model, photo))] for photo, truth in pairs]
+    figure = Figure(figsize=(2.2 * len(lines[0]), 1.9 * len(lines)), layout="constrained")
+    axes = figure.subplots(len(lines), len(lines[0]), squeeze=False)
+    titles = ["photo", "truth", *(f"pass {t}" for t in range(1, len(lines[0]) - 1))]
+    colours = colormaps["gray"].with_extremes(over="tab:blue")
+    for axis, picture, title in zip(axes.flat, sum(lines, []), titles * len(lines)):
+        axis.imshow(picture, colours, vmin=0, vmax=photos.classes - 1)
+        axis.set_title(title)
+        axis.axis("off")
+    figure.savefig(path, dpi=80)

@@ -13,16 +13,13 @@ once. Eager PyTorch runs h_t = z * h + (1 - z) * c as six kernels, each of which
 One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4 passes. So 3.75 times faster is the
 limit. PASSES holds every such count, and `python -m experiments.bench --kernels` measures on a GPU what comes of it.
 
-The backward pass reads the inputs and computes z and c again. Saving them would cost two more writes in the forward
-pass, 6 passes in place of 4.
+The backward pass computes z and c again. Saving them would cost two more writes: 6 memory passes in place of 4.
 
-At level 4 the gates are small. Besides the convolutions, most time goes to the group norm and ReLU after each of them,
-so FusedNorm does these in one kernel, after a first one that sums up.
+At level 4 the gates are small, and most traffic besides the convolutions' is group norm and ReLU: see FusedNorm.
 
 CPU tensors take the plain expression. So does everything where triton is missing, and everything that is traced:
 torch.compile fuses the plain gate with its neighbours, and exported models must not need Triton. Launching a kernel
 from Python takes longer than a small tensor's traffic, so at batch 1 replay the network from a CUDA graph.
-The equation numbers are those of rurnet.py.
 """
 
 from __future__ import annotations  # so that `BLOCK: tl.constexpr` is not looked up where triton is missing

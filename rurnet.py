@@ -1,7 +1,6 @@
 """The Recurrent U-Net (Wang et al., ICCV 2019): a U-Net that sees its own mask and looks again.
 
-Read this file top to bottom: the gates, the U-Net, the two recurrent units, the recurrent network, its loss.
-It imports torch alone, so you can copy it into another project:
+This file imports torch alone, so you can copy it into another project:
 
     from rurnet import RecurrentUNet
     net = RecurrentUNet(classes=2)    # DRU(4), 364,338 parameters
@@ -17,12 +16,10 @@ Pass t takes the image x, the previous segmentation s and the hidden state h, wh
     s_t = head(decoder(f_s(h_t), skips of e_t))    logits of the new segmentation                         (6)
     L   = sum_t alpha^(N-t) CE(s_t, truth)         the loss over N passes                                 (7)
 
-    in code       meaning                                    shape
-    image         x, normalised                              (B, 3, H, W)
-    s             s_t, logits                                (B, K, H, W)
-    e, a_r        e_t; f_r(e), before its sigmoid            (B, C_e, H/2^l, W/2^l)
-    h, a_z, a_c   h_t; f_z(e), f_c(r * e), before sigmoid    (B, C_h, H/2^l, W/2^l)
-                  and tanh
+    in code       meaning                                           shape
+    image, s      x, normalised; s_t, logits                        (B, 3, H, W); (B, K, H, W)
+    e, a_r        e_t; f_r(e), before its sigmoid                   (B, C_e, H/2^l, W/2^l)
+    h, a_z, a_c   h_t; f_z(e), f_c(r * e), before sigmoid, tanh     (B, C_h, H/2^l, W/2^l)
 
 B is the batch, K the number of classes. Pooling rounds odd sizes up. The equations are those of tutorial.md.
 """
@@ -50,8 +47,7 @@ def gated_reset(e, a_r):
 
 # ---------------------------------------------------------------- the U-Net
 
-# Safe in place: group norm's backward needs its input, ReLU's only its output.
-ReLU = partial(nn.ReLU, inplace=True)
+ReLU = partial(nn.ReLU, inplace=True)  # safe: group norm's backward needs its input, ReLU's only its output
 
 
 class DoubleConv(nn.Sequential):
@@ -114,7 +110,7 @@ class UNet(nn.Module):
 
 
 class PlainUNet(nn.Module):
-    """The U-Net that recurrence has to beat: one pass, no state. It is called as RecurrentUNet is."""
+    """The U-Net that recurrence has to beat: one pass, no state, called as RecurrentUNet is."""
 
     def __init__(self, classes=2, width=8, image_channels=3):
         super().__init__()

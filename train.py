@@ -6,33 +6,30 @@
     python train.py --data hands/ --evaluate runs/hands/best.pt    print the table alone
 
 Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; samples.png beside the tested checkpoint.
-GPUs, machines, or processes on CPUs can share each batch of --batch photos:
+GPUs, machines, or processes on CPUs (set OMP_NUM_THREADS) can share each batch of --batch photos:
 
     torchrun --standalone --nproc_per_node=2 train.py --data hands/
     torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=FIRST:29400 train.py --data hands/
 
 Run the second command on both machines. FIRST is the host name of one of them; --data and --out are on a shared disk.
-On CPUs set OMP_NUM_THREADS. Batch norm (U-Net-B, ResNets) counts each process's share by itself.
 """
 
 import argparse
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import open_dataset, survey
 from evaluate import Segmenter, by_pass, draw_samples, evaluate_split, load, print_table, scores, start_from
 from paper import baselines
 from rurnet import VOID, recurrent_loss
+from support import processes
 from support.checkpoints import one_sentence, read_checkpoint, refuse_taken, save, write_log
-from support.processes import (Interrupts, copy_buffers_from_first, finite_sum, ignore_signals, join, leave, print_once,
-                               rank_and_world, share, share_of_batches, status_of, sum_over_processes, wait_for_all)  # fmt: skip
+from support.processes import print_once
 from support.runtime import Recomputed, autocast, for_device
 
 # ---------------------------------------------------------------- 1. configuration
@@ -84,42 +81,33 @@ def parse(argv=None):
     """The flags, over the settings of the checkpoint that they name, over the defaults."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        how = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
         help = f"{f.metadata['help']} [{f.default!r}]"
-        cli.add_argument("--" + f.name, default=argparse.SUPPRESS, help=help, **how)
+        cli.add_argument("--" + f.name, default=argparse.SUPPRESS, help=help, **kind)
     typed = vars(cli.parse_args(argv))
     c = Config(**typed)
-    path = c.start or c.evaluate or f"{c.out}/last.pt" * c.resume
-    saved = read_checkpoint(path).get("config", {}) if path else {}
-    free = {"data", "out", "workers", "recompute", "start", "resume", "evaluate"}  # they may differ from the saved ones
+    path = Path(c.start or c.evaluate or f"{c.out}/last.pt")
+    if not (c.start or c.evaluate or c.resume):
+        return c
+    content = read_checkpoint(path)
+    with one_sentence(path):
+        saved = asdict(Config(**content.get("config", {}))) | {"start": "", "resume": False}
+    fixed = saved.keys() - {"data", "out", "workers", "recompute", "start", "resume", "evaluate"}
     if c.start:
-        saved = {name: saved[name] for name in ("model", "level", "width", "hidden") if name in saved}
+        fixed = {"model", "level", "width", "hidden"}
     if c.evaluate:
-        free |= {"size", "passes", "views", "void"}
-    for name in sorted((typed.keys() - free) & saved.keys()):
+        fixed -= {"size", "passes", "views", "void"}
+    for name in sorted(fixed & typed.keys()):
         if typed[name] != saved[name]:
-            raise ValueError(f"--{name} {typed[name]}: {path} was made with {saved[name]}; leave it out or start a new run")
-    return Config(**saved | {"start": "", "resume": False, "out": c.out} | typed)
-
-
-# ---------------------------------------------------------------- training
-
-
-def network_options(c):
-    """What `build` is given. An option that the system does not have is passed if it was chosen, to be refused."""
-    names, takes = ("level", "width", "hidden", "passes"), baselines.options(c.model)
-    return {name: getattr(c, name) for name in names if name in takes or getattr(c, name) != getattr(Config, name)}
+            raise ValueError(f"--{name} {typed[name]}: {path} has {saved[name]}; leave it out, or begin a new run")
+    inherited = {name: saved[name] for name in fixed} if c.start else saved
+    return Config(**inherited | {"out": c.out} | typed)
 
 
 def train(c, net=None, folder=None):
-    """Train by a Config and write best.pt and last.pt into its --out.
-
-    net       a network of your own in place of the Config's; `evaluate.load` then needs it too
-    folder    what `data.survey` found in c.data, where you have it already
-    """
-    out, device, (rank, world) = Path(c.out), join(), rank_and_world()
-    if c.batch < world:
-        raise ValueError(f"--batch {c.batch}: is shared between {world} processes; it must be at least {world}")
+    """Train by a Config and write best.pt and last.pt into its --out. `net` is a network of your own, which
+    `evaluate.load` then needs too. `folder` is what `data.survey` found in c.data."""
+    out, device, (rank, world) = Path(c.out), processes.join(), processes.rank_and_world()
     refuse_taken(out, c.resume)
 
     # 2. data
@@ -131,21 +119,18 @@ def train(c, net=None, folder=None):
 
     # 3. network
     torch.manual_seed(c.seed)
-    network = {"name": "", "options": {}} if net else {"name": c.model, "options": network_options(c)}
-    if net is None:
-        net = baselines.build(c.model, folder.classes, None if c.resume else c.weights, **network["options"])
+    network = {"name": "", "options": {}} if net else baselines.describe(c.model, vars(c), vars(Config))
+    net = net or baselines.build(c.model, folder.classes, None if c.resume else c.weights, **network["options"])
     if c.start:
-        start_from(net, c.start)
+        start_from(net, c.start, network)
     net = for_device(net, device)
-    learner = share(Recomputed(net) if c.recompute else net)
+    learner = processes.share(Recomputed(net) if c.recompute else net, c.batch)
     # On small sets the weights of single steps swing by ten points of validation IoU; their running mean does not.
     ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     model = Segmenter(ema.module, c.size, c.passes, c.views)
 
     # 4. optimiser: AdamW and one cycle for every dataset
-    encoder = set(baselines.encoder_of(net).parameters()) if c.weights else set()
-    new, pretrained = ([p for p in net.parameters() if (p in encoder) == inside] for inside in (False, True))
-    groups = [{"params": new, "lr": c.lr}, {"params": pretrained, "lr": c.lr / 50}]  # c.lr would undo pretraining
+    groups = baselines.parameter_groups(net, c.lr, bool(c.weights))
     optimiser = torch.optim.AdamW(groups, weight_decay=1e-2)
     steps = len(photos) // c.batch or 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [g["lr"] for g in groups], total_steps=c.epochs * steps)
@@ -159,8 +144,8 @@ def train(c, net=None, folder=None):
     everything = weights | {"optimiser": optimiser, "schedule": schedule}
     if c.resume:
         state = read_checkpoint(out / "last.pt")
-        if any(state.get(name) != about[name] for name in ("classes", "photos")):
-            raise ValueError(f"{c.data}: its photos or classes have changed since {out}/last.pt was written; start a new run")
+        if (state["classes"], state.get("photos")) != (about["classes"], about["photos"]):
+            raise ValueError(f"{c.data}: its photos or classes have changed since {out}/last.pt; start a new run")
         with one_sentence(out / "last.pt"):
             for name, part in everything.items():
                 part.load_state_dict(state[name])
@@ -174,28 +159,29 @@ def train(c, net=None, folder=None):
 
     out.mkdir(parents=True, exist_ok=True)
     save_as("last.pt", everything)  # from here on a second run into this folder is refused
-    size, counts = sum(p.numel() for p in net.parameters()), f"{len(photos.pairs)} to train, {len(held_out)} to validate"
-    print_once(f"{c.model}, {size:,} parameters, on {device}{f' and {world - 1} more' * (world > 1)}; to {out}/")
-    print_once(f"{c.data} ({folder.layout}): {counts}; {folder.classes} classes, short side {c.size}, crops {photos.crop}")
+    size, more = sum(p.numel() for p in net.parameters()), f" and {world - 1} more" * (world > 1)
+    print_once(f"{c.model}, {size:,} parameters, on {device}{more}; side {c.size}, crops {photos.crop}; to {out}/\n"
+               f"{c.data} ({folder.layout}): {len(photos.pairs)} photos to train, {len(held_out)} to validate, "
+               f"{folder.classes} classes")  # fmt: skip
 
     # 5. the loop
-    with Interrupts() as interrupts:
-        cuda, shares = device.type == "cuda", share_of_batches(len(photos), c.batch, c.seed, len(log) + 1, c.epochs, done)
-        workers = dict(num_workers=4 * cuda if c.workers < 0 else c.workers, worker_init_fn=ignore_signals)
-        loader = iter(DataLoader(photos, batch_sampler=shares, pin_memory=cuda, **workers))  # one for the whole run
+    with processes.Interrupts() as interrupts:
+        gpu, ignore = device.type == "cuda", processes.ignore_signals
+        how = dict(num_workers=4 * gpu if c.workers < 0 else c.workers, pin_memory=gpu, worker_init_fn=ignore)
+        shares = processes.share_of_batches(len(photos), c.batch, c.seed, len(log) + 1, c.epochs, done)
+        loader = iter(torch.utils.data.DataLoader(photos, batch_sampler=shares, **how))  # one for the whole run
         for epoch in range(len(log) + 1, c.epochs + 1):
-            learner.train()
-            began, left = time.time(), islice(loader, steps - done)
-            for image, truth in tqdm(left, f"epoch {epoch}", steps, False, initial=done, disable=rank > 0 or None):
-                image, truth = image.to(device, non_blocking=True), truth.to(device, non_blocking=True)
-                pixels = sum_over_processes((truth != VOID).sum())
+            began, quiet = time.time(), rank > 0 or None
+            for _ in tqdm(range(done, steps), f"epoch {epoch}", leave=False, disable=quiet):
+                image, truth = (x.to(device, non_blocking=True) for x in next(loader))
+                pixels = processes.sum_over_processes((truth != VOID).sum())
 
                 with autocast(device):
                     masks = learner(image, c.passes)  # logits after each of N passes
                     loss = recurrent_loss(masks, truth, c.alpha, pixels)  # eq. (7)
                 optimiser.zero_grad()
                 (loss * world).backward()  # processes average their gradients; their losses are parts of one sum
-                loss = finite_sum(loss, net, masks, f"epoch {epoch}, step {done + 1}")
+                loss = processes.finite_sum(loss, net, masks, f"epoch {epoch}, step {done + 1}")
                 optimiser.step()
                 schedule.step()
                 ema.update_parameters(net)
@@ -206,18 +192,19 @@ def train(c, net=None, folder=None):
                     interrupts.leave(f"epoch {epoch}, step {done}", c.data, out)
 
             save_as("last.pt", everything)  # a long validation may be killed
-            copy_buffers_from_first(ema.module)
+            processes.copy_buffers_from_first(ema.module)
             rows = [scores(matrix) for matrix in evaluate_split(model, held_out)[0]]
             seconds, score, loss = time.time() - began, rows[-1]["mIoU"], total / steps
-            log.append({"epoch": epoch, "loss": loss, "lr": schedule.get_last_lr()[0], "seconds": seconds, **by_pass(rows)})
+            row = {"epoch": epoch, "loss": loss, "lr": schedule.get_last_lr()[0], "seconds": seconds}
+            log.append(row | by_pass(rows))
             best, done, total = max(best, score), 0, 0.0
             if score == best:
                 save_as("best.pt", weights)
             if rank == 0:
                 write_log(log, out)
             save_as("last.pt", everything)
-            left = (c.epochs - epoch) * seconds / 60
-            print_once(f"epoch {epoch:3}/{c.epochs}  loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}  {left:.0f} min left")
+            print_once(f"epoch {epoch:3}/{c.epochs}  loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}  "
+                       f"{seconds:.1f} s, {(c.epochs - epoch) * seconds / 60:.0f} min left")  # fmt: skip
             if interrupts.anywhere(device):
                 interrupts.leave(f"epoch {epoch}", c.data, out)
 
@@ -228,30 +215,25 @@ def train(c, net=None, folder=None):
 def test(c, folder):
     """Print the closing table of best.pt, or of --evaluate, and draw samples.png beside it."""
     path = Path(c.evaluate or f"{c.out}/best.pt")
-    model, photos = load(path, join()), open_dataset(folder, "test")
+    model, photos = load(path, processes.join()), open_dataset(folder, "test")
     if photos.classes != model.classes:
-        raise ValueError(f"{path}: has {model.classes} classes, {c.data} {photos.classes}; evaluate on data of the same kind")
+        raise ValueError(f"{path}: has {model.classes} classes, {c.data} {photos.classes}; use data of its kind")
     if c.evaluate:
         model.size, model.passes, model.views = c.size or model.size, c.passes, c.views
     matrices, curves = evaluate_split(model, photos)
-    if rank_and_world()[0] == 0:
+    if processes.rank_and_world()[0] == 0:
         print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {path}", folder.names)
         draw_samples(model, photos, path.parent / "samples.png")
 
 
 def main():
-    try:
+    with processes.one_ending():
         c = parse()
         folder = survey(c.data, c.void)
         if not c.evaluate:
             train(c, folder=folder)
-            wait_for_all()  # until the first has written best.pt
+            processes.gather_from_processes()  # wait until the first has written best.pt
         test(c, folder)
-        status = 0
-    except BaseException as error:
-        if (status := status_of(error)) is None:
-            raise
-    leave(status)  # here, when the workers of train() are gone
 
 
 if __name__ == "__main__":

@@ -397,6 +397,21 @@ def options(name):
     return inspect.signature(SYSTEMS[name]).parameters.keys() - {"encoder", "classes", "unit"}
 
 
+def describe(name, settings, defaults):
+    """{"name", "options"}, for `build` and for a checkpoint. An option that the system does not have is kept where it
+    was chosen, so that `build` refuses it."""
+    chosen = {k for k in ("level", "width", "hidden", "passes") if settings[k] != defaults[k]}
+    return {"name": name, "options": {k: settings[k] for k in sorted(chosen | options(name) & settings.keys())}}
+
+
+def parameter_groups(net, lr, pretrained):
+    """For an optimiser. A pretrained encoder learns at a fiftieth: the full rate would undo its training."""
+    encoder = set(encoder_of(net).parameters()) if pretrained else set()
+    groups = [([p for p in net.parameters() if (p in encoder) == inside], rate)
+              for inside, rate in ((False, lr), (True, lr / 50))]  # fmt: skip
+    return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
+
+
 def encoder_of(net):
     """The VGG-16 or ResNet of a system, or None."""
     return next((m for m in net.modules() if isinstance(m, (VGG16, ResNet))), None)

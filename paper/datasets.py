@@ -10,7 +10,13 @@ from functools import lru_cache, partial
 import numpy as np
 from PIL import Image, ImageDraw
 
-from support.pictures import SPLITS, VOID, Found, by_stem, has, open_picture, read_bright, read_list
+from support.pictures import SPLITS, VOID, Found, by_stem, has, open_picture, read_list
+
+
+def read_bright(path):
+    """A mask with a dark background and a bright foreground, through JPEG noise: 0 and 1, (H, W)."""
+    return (np.asarray(open_picture(path).convert("L")) > 127).astype(np.uint8)
+
 
 # ---------------------------------------------------------------- hands
 

@@ -1,23 +1,18 @@
-"""Checkpoints that are never half written and never run code, and the log of a run."""
+"""Checkpoints, which are never half written and never run code, and the log of a run."""
 
 import csv
 import os
 import zipfile
 from contextlib import contextmanager
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")  # draws to files: a server has no screen
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 PARTS = {"network", "input", "classes", "model", "ema"}  # what every checkpoint holds: see train.py
 
-# ---------------------------------------------------------------- checkpoints
-
 
 def save(path, content):
-    """Write under a temporary name, then rename: a killed run leaves the old checkpoint or the new one, never half."""
+    """Write under a temporary name, then rename: a killed run leaves the old checkpoint or the new one."""
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
@@ -46,7 +41,7 @@ def read_tensors(path, kind):
 
 def read_checkpoint(path):
     content = read_tensors(path, "a checkpoint of train.py")
-    keys = set(content) if isinstance(content, dict) else set()
+    keys = set(content if isinstance(content, dict) else ())
     if {"net", "config"} <= keys:
         raise ValueError(f"{path}: is a checkpoint of the first edition, which this one cannot read; train again")
     if missing := PARTS - keys:
@@ -71,9 +66,6 @@ def refuse_taken(out, resume):
         raise ValueError(f"{out}: holds a run already; --resume goes on with it, another --out starts a new one")
 
 
-# ---------------------------------------------------------------- the log
-
-
 def write_log(log, out):
     """log.csv and curves.png, complete from the first epoch, so a resumed run has neither a gap nor a repetition."""
     with open(out / "log.part", "w", newline="") as file:
@@ -81,7 +73,8 @@ def write_log(log, out):
         table.writeheader()
         table.writerows(log)
     os.replace(out / "log.part", out / "log.csv")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(*zip(*((row["epoch"], row["loss"]) for row in log)))
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
     for name in (name for name in log[0] if name.startswith("mIoU_")):
@@ -89,4 +82,3 @@ def write_log(log, out):
     right.set(xlabel="epoch", ylabel="validation mIoU")
     right.legend()
     figure.savefig(out / "curves.png", dpi=80)
-    plt.close(figure)

@@ -1,4 +1,4 @@
-"""The network as ONNX, for any batch and size, compared with PyTorch before the file gets its name."""
+"""The network as ONNX, for any batch and size."""
 
 import warnings
 
@@ -14,11 +14,10 @@ class FromRGB(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model  # normalised image -> logits of every pass
-        self.register_buffer("mean", torch.from_numpy(MEAN)[:, None, None])
-        self.register_buffer("std", torch.from_numpy(STD)[:, None, None])
 
     def forward(self, image):
-        return self.model((image - self.mean) / self.std)[-1]
+        mean, std = (torch.from_numpy(values)[:, None, None] for values in (MEAN, STD))
+        return self.model((image - mean) / std)[-1]
 
 
 def to_onnx(net, image, path):
@@ -32,23 +31,22 @@ def to_onnx(net, image, path):
 
 @torch.no_grad()
 def export(model, path):
-    """Write the file once ONNX Runtime returns PyTorch's logits at unseen sizes; return the largest difference."""
+    """Write the file if ONNX Runtime returns PyTorch's logits at unseen sizes; return the largest difference."""
+    net, part, differences = FromRGB(model).eval(), path.with_name(path.name + ".part"), []
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--export {path}: must name a file in a folder that exists")
-    net, part, difference = FromRGB(model).eval(), path.with_name(path.name + ".part"), 0.0
     try:
         to_onnx(net, torch.rand(1, 3, 97, 131), part)
         session = onnxruntime.InferenceSession(part)
         for shape in (1, 3, 96, 128), (2, 3, 59, 102):
             image = torch.rand(shape)
             got, want = torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), net(image)
-            off = ((got - want).abs().max() / (1 + want.abs().max())).item()
-            if not off < 1e-3:  # nor where it is not a number
-                raise ValueError(f"ONNX Runtime's logits differ from PyTorch's by {off:.1e} of the largest")
-            difference = max(difference, off)
+            differences.append(((got - want).abs().max() / (1 + want.abs().max())).item())
+            if not differences[-1] < 1e-3:  # true where it is not a number
+                raise ValueError(f"ONNX Runtime's logits differ from PyTorch's by {differences[-1]:.1e} of the largest")
         part.replace(path)
-    except (RuntimeError, NotImplementedError, ValueError) as error:  # what exporter and runtime raise
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         raise ValueError(f"{path}: not written; {(str(error).splitlines() or ['?'])[0]}") from None
     finally:
         part.unlink(missing_ok=True)
-    return difference
+    return max(differences)

@@ -1,7 +1,4 @@
-"""Pictures and the folders that hold them: opening a photo or a mask, resizing, normalising, pairing by name.
-
-data.py reads your own folders with it, paper/datasets.py the published ones.
-"""
+"""Opening photos and masks, resizing and normalising them, and pairing them by name in a folder."""
 
 from dataclasses import dataclass, field
 
@@ -9,33 +6,27 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from rurnet import VOID
+from rurnet import VOID  # noqa: F401  (for all who read masks)
 
 ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SPLITS = ("train", "val", "test")
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of ImageNet, by custom
-
-# ---------------------------------------------------------------- one picture
 
 
 def open_picture(path):
     """The picture as Pillow opens it, turned upright by its EXIF tag. ValueError names a file that cannot be read."""
     try:
         picture = ImageOps.exif_transpose(Image.open(path))
+        if picture.mode == "F":
+            raise ValueError("floating-point values of unknown range")
+        return picture
     except Exception as error:  # a broken file raises any of a dozen kinds of exception in Pillow
         raise unreadable(path, error) from None
-    refuse_floats(path, picture)
-    return picture
 
 
 def unreadable(path, error):
     what = error or type(error).__name__
     return ValueError(f"{path}: cannot be read as a picture ({what}); save it again as JPEG or PNG")
-
-
-def refuse_floats(path, picture):
-    if picture.mode == "F":
-        raise ValueError(f"{path}: holds floating-point values of unknown range; save it with 8 or 16 bits")
 
 
 def read_photo(path):
@@ -61,15 +52,9 @@ def read_labels(path):
     return bands[..., 0]
 
 
-def read_bright(path):
-    """A mask with a dark background and a bright foreground, through JPEG noise: 0 and 1, (H, W)."""
-    return (np.asarray(open_picture(path).convert("L")) > 127).astype(np.uint8)
-
-
 def resize(picture, short_side, how=Image.BILINEAR):
-    """The picture with its short side at `short_side` pixels. Training, evaluation and prediction all come here.
-
-    Bilinear antialiases. Masks of class ids need `how=Image.NEAREST`."""
+    """The picture with its short side at `short_side` pixels, antialiased: for training, testing and prediction.
+    A mask of class ids needs `how=Image.NEAREST`."""
     scale = short_side / min(picture.size)
     return picture.resize([max(1, round(side * scale)) for side in picture.size], how)
 
@@ -80,14 +65,10 @@ def normalise(photo):
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-# ---------------------------------------------------------------- one folder
-
-
 @dataclass
 class Found:
-    """The pairs of a folder by split, each (name, photo, mask, read), and its problems.
-
-    `read()` returns the class ids (H, W) where a dataset has an encoding of its own; otherwise it is None."""
+    """The pairs of a folder by split, each (name, photo, mask, read), and its problems. `read()` returns class ids
+    (H, W) where a dataset has an encoding of its own; otherwise it is None."""
 
     layout: str
     names: tuple = ()  # of the classes; empty where the masks decide how many there are

@@ -1,13 +1,11 @@
-"""Several processes that share a batch, signals, and how a run ends.
-
-torchrun starts the processes. A process alone is rank 0 in a world of 1, and these calls return at once.
-"""
+"""Several processes (of torchrun) that share a batch, signals, and how a run ends. One process is rank 0 of 1."""
 
 import math
 import os
 import shlex
 import signal
 import sys
+from contextlib import contextmanager
 
 import torch
 from torch import distributed
@@ -20,25 +18,26 @@ def rank_and_world():
 
 
 def join():
-    """The device of this process. The processes of torchrun find each other: gloo links CPUs, nccl GPUs."""
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"torchrun --nproc_per_node: at most {torch.cuda.device_count()} here, one for each GPU")
-        torch.cuda.set_device(device)
+    """The device of this process, once all processes have found each other: gloo links CPUs, nccl GPUs."""
+    gpu, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if 0 < gpus <= gpu:
+        raise ValueError(f"torchrun --nproc_per_node: at most {gpus} here, one for each GPU")
+    if gpus:
+        torch.cuda.set_device(gpu)
     if "RANK" in os.environ and not distributed.is_initialized():  # torchrun sets it
-        distributed.init_process_group(backend)
-    return device
+        distributed.init_process_group("nccl" if gpus else "gloo")
+    return torch.device("cuda", gpu) if gpus else torch.device("cpu")
 
 
-def share(net):
+def share(net, batch):
     """The network for training; with several processes its `backward` averages their gradients."""
+    if batch < (world := rank_and_world()[1]):
+        raise ValueError(f"--batch {batch}: is shared between {world} processes; it must be at least {world}")
     return DistributedDataParallel(net) if rank_and_world()[1] > 1 else net
 
 
 def share_of_batches(n, batch, seed, epoch, epochs, done):
-    """This process's part of every batch of n photos, from step `done` of that epoch to the last: (epoch, photo)."""
+    """This process's part of every batch of n photos, from step `done` of `epoch` to the end: (epoch, photo)."""
     rank, world = rank_and_world()
     for epoch in range(epoch, epochs + 1):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch)).tolist()
@@ -53,7 +52,8 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def gather_from_processes(part):
+def gather_from_processes(part=None):
+    """A list of every process's part, once all have come here."""
     parts = [part] * rank_and_world()[1]
     if distributed.is_initialized():
         distributed.all_gather_object(parts, part)
@@ -65,17 +65,9 @@ def copy_buffers_from_first(net):
         distributed.broadcast(buffer, 0)
 
 
-def wait_for_all():
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
 def print_once(*words, **how):
     if rank_and_world()[0] == 0:
         print(*words, **how, flush=True)
-
-
-# ---------------------------------------------------------------- while training
 
 
 def finite_sum(loss, net, masks, where):
@@ -85,8 +77,8 @@ def finite_sum(loss, net, masks, where):
     if math.isfinite(loss) and math.isfinite(gradient):
         return loss
     bad = [t for t, s in enumerate(masks, 1) if not s.isfinite().all()] or [len(masks)]
-    what = f"the loss is {loss:.3g}, its gradient {gradient:.3g} in {where}, since pass {bad[0]}"
-    raise ValueError(f"{what}; last.pt holds an earlier state. Try a smaller --lr")
+    raise ValueError(f"the loss is {loss:.3g}, its gradient {gradient:.3g} in {where}, since pass {bad[0]}; "
+                     "last.pt holds an earlier state. Try a smaller --lr")  # fmt: skip
 
 
 class Interrupts:
@@ -99,8 +91,8 @@ class Interrupts:
 
     def notice(self, number, frame):
         self.seen = number
-        if rank_and_world()[1] == 1:  # torchrun may send it twice
-            signal.signal(number, self.before[number])  # a second Ctrl-C does not wait
+        if rank_and_world()[1] == 1:  # a second Ctrl-C does not wait; torchrun sends two itself
+            signal.signal(number, self.before[number])
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -111,20 +103,17 @@ class Interrupts:
         return sum_over_processes(torch.tensor(self.seen, device=device)).item() > 0
 
     def leave(self, where, data, out):
-        wait_for_all()  # until the first has saved: torchrun ends the others as soon as one is gone
+        gather_from_processes()  # wait until the first has saved: torchrun ends all processes when one ends
         again = shlex.join(["python", "train.py", "--data", data, "--out", str(out), "--resume"])
         print_once(f"stopped after {where}, all is saved; {again} goes on", file=sys.stderr)
         sys.exit(128 + (self.seen or signal.SIGTERM))
 
 
 def ignore_signals(_):
-    """For loading workers: the training process finishes its step with them and ends them itself."""
+    """For loading workers: the training process finishes its step with them and ends them itself, by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):  # its own group keeps away the SIGTERM of others; training still sends its own
+    if hasattr(os, "setpgrp"):  # in a group of their own they get no SIGTERM from anybody else
         os.setpgrp()
-
-
-# ---------------------------------------------------------------- the end
 
 
 def is_out_of_memory(error):
@@ -134,12 +123,9 @@ def is_out_of_memory(error):
 
 def status_of(error):
     """How train.py ends after an exception: a number, a sentence, or None where the traceback should be seen."""
-    text = str(error)
-    first = (text.splitlines() or ["out of memory"])[0]
-    if isinstance(error, SystemExit):
-        return error.code
-    if isinstance(error, KeyboardInterrupt):  # outside of training, or for the second time
-        return 130
+    text, first = str(error), (str(error).splitlines() or ["out of memory"])[0]
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        return getattr(error, "code", 130)
     if isinstance(error, (ValueError, OSError)):  # OSError: a full disk, a folder that may not be written
         return "train.py: " + (text.splitlines()[-1] if text.startswith("Caught") else text)  # a worker's traceback
     if is_out_of_memory(error):
@@ -148,7 +134,15 @@ def status_of(error):
         return f"train.py: {first}; did another process end?"
 
 
-def leave(status):
+@contextmanager
+def one_ending():
+    """Around a whole script: it ends with a number or a sentence, or with a traceback where the fault is ours."""
+    status = 0
+    try:
+        yield
+    except BaseException as error:
+        if (status := status_of(error)) is None:
+            raise
     if distributed.is_initialized() and status in (0, 130, 143):  # otherwise the others may be waiting
         distributed.destroy_process_group()
         sys.stdout.flush(), sys.stderr.flush()

@@ -1,8 +1,5 @@
-"""The toy set: seeded drawings that pass for photographs of hands over desks, each with its exact skin mask.
-
-Hands of varied skin, pose and light, bare forearms or sleeves, clutter, and many things with the colour of skin.
-`python data.py hands/` draws it.
-"""
+"""The toy set: seeded drawings that pass for photographs of hands over desks, each with its exact skin mask. Hands vary
+in skin, pose, light and sleeves, among clutter, some of it with the colour of skin."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
