@@ -48,8 +48,7 @@ def lists(root):
         names = [Path(name).name for name in read_list(root / f"{split}.txt", found.problems)]
         for name in names:
             if name in listed:
-                where = f"{root / split}.txt: names {name}, which {listed[name]}.txt has already"
-                found.problems.append(f"{where}; a photo belongs in one split, once")
+                found.problems.append(f"{root / split}.txt: names {name}, which {listed[name]}.txt has already")
             listed[name] = split
         pair_up(found, split, root, names)
     return found
@@ -125,14 +124,14 @@ def survey(root, void=VOID):
     """Inspect a folder. `void` is the class id that neither trains nor counts, besides 255."""
     found = Survey(**vars(find_pairs(Path(root))), root=Path(root), void=void)
     pairs = [pair for pairs in found.pairs.values() for pair in pairs]
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
         for (_, photo, *_), (size, counts, problem) in zip(pairs, pool.map(inspect_pair, pairs)):
             if size:
                 found.sizes[photo] = size
-            if counts is not None:
-                found.counts[photo] = counts
             if problem:
                 found.problems.append(problem)
+            else:
+                found.counts[photo] = counts
     if found.names:
         found.classes = len(found.names)
         if void != VOID:
@@ -221,8 +220,8 @@ class Photos(torch.utils.data.Dataset):
         self.found, self.pairs, self.classes = found, found.pairs[split], found.classes
         self.size, self.augment, self.rotate, self.seed, self.repeat = size, augment, rotate, seed, repeat
         self.crop = crop or size or found.short_side(split)
-        fits = size and 6 * size * size * len(self.pairs) < 1e9  # a gigabyte
-        self.cache = {} if augment and fits else None  # a small set is decoded once
+        small = size and 6 * size * size * len(self.pairs) < 1e9  # bytes
+        self.cache = {} if augment and small else None  # a small set is decoded once
 
     def __len__(self):
         return len(self.pairs) * self.repeat
@@ -301,8 +300,9 @@ def check(root, void):
     found = survey(root, void)
     print(f"{root}: {found.layout}, {found.classes} classes {' '.join(found.names)}".rstrip())
     for split, pairs in found.pairs.items():
-        sizes = sorted({found.sizes[photo] for _, photo, *_ in pairs if photo in found.sizes}, key=np.prod)
-        pixels = sum((found.counts[photo] for _, photo, *_ in pairs if photo in found.counts), np.zeros(256, int))
+        photos = [photo for _, photo, *_ in pairs if photo in found.counts]
+        sizes = sorted({found.sizes[photo] for photo in photos}, key=np.prod)
+        pixels = sum((found.counts[photo] for photo in photos), np.zeros(256, int))
         shares = ", ".join(f"{value}: {pixels[value] / pixels.sum():.1%}" for value in np.flatnonzero(pixels))
         span = f"{sizes[0][0]}x{sizes[0][1]} to {sizes[-1][0]}x{sizes[-1][1]}" if sizes else "-"
         print(f"{split:5} {len(pairs):5} photos, {span}; mask values {shares}")

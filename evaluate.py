@@ -1,10 +1,10 @@
 """From a checkpoint to a network, from a network to masks, from masks to scores: one path for training and prediction.
 
     model = load("runs/hands/best.pt")
-    masks = segment(model, read_photo("photo.jpg"))    # probabilities (K, H, W) after each pass, at the photo's size
+    masks = segment(model, read_photo("photo.jpg"))    # probabilities (K, H, W) after each pass
 
-A photo of any size is shown to the network at the size of its training. Its masks, and the scores, have the photo's
-own size. Scores come from one confusion matrix over a whole split, never from averages over photos.
+The network sees a photo at the size of its training. Masks and scores have the photo's own size. Scores come from one
+confusion matrix over a whole split, never from averages over photos.
 """
 
 import numpy as np
@@ -136,11 +136,6 @@ def break_even(curve):
     true = curve[1].sum()
     at = (called - true).abs().argmin()  # as many called as there are, so hit / called = hit / true
     return (2 * hit[at] / (called[at] + true)).item()
-
-
-def by_pass(rows):
-    """One row of a log: {"mIoU_1": ..., "mIoU_2": ...}."""
-    return {f"{name}_{t}": value for t, row in enumerate(rows, 1) for name, value in row.items()}
 
 
 def evaluate_split(model, photos):

@@ -266,13 +266,11 @@ def _norm_bwd(
 
 
 class FusedNorm(torch.nn.GroupNorm):
-    """nn.GroupNorm, then a ReLU if `relu`: (B, C, H, W) -> the same. Parameters, their names and gradients are its own.
+    """nn.GroupNorm with weight and bias, then a ReLU if `relu`: (B, C, H, W) -> the same. It keeps their names.
 
     PyTorch needs 5 memory passes forward and 8 backward, this one 3 and 5. One photo has eight groups and a GPU wants
-    hundreds of programs, so each group is cut into parts of SPAN elements.
-
-    The norm needs weight and bias. Under autocast PyTorch's returns float32; this one returns the dtype of x, computed
-    in float32. A channels-last x is copied to the contiguous layout.
+    hundreds of programs, so each group is cut into parts of SPAN elements. It computes in float32 and returns the dtype
+    of x, where PyTorch's returns float32 under autocast. A channels-last x is copied to the contiguous layout.
     """
 
     def __init__(self, norm, relu):
@@ -321,7 +319,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled():
-            raise RuntimeError("the fused norm can be differentiated once; for second derivatives use torch.nn.GroupNorm")
+            raise RuntimeError("the fused norm can be differentiated once; torch.nn.GroupNorm can more often")
         x, w, b, mean, m2 = ctx.saved_tensors
         g, (groups, width, HW, M) = g.contiguous(), ctx.shape
         span, warps = _span_of(M)
@@ -356,7 +354,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled():  # create_graph=True; a second derivative would silently be zero
-            raise RuntimeError("fused gates can be differentiated once; for second derivatives use those of rurnet.py")
+            raise RuntimeError("fused gates can be differentiated once; those of rurnet.py can more often")
         g, *inputs = _lay_out(g, *ctx.saved_tensors)
         grads = [torch.empty_like(g) if need else None for need in ctx.needs_input_grad[2:]]
         _launch(ctx.bwd, g, *inputs, *grads)
@@ -375,9 +373,8 @@ def _launch_grid(kernel, grid, x, *others, **constants):
 
 
 def _lay_out(*tensors):
-    """The same tensors in one common memory layout.
+    """The same tensors in one memory layout, as an elementwise kernel walks memory from 0 to n in any order.
 
-    An elementwise kernel walks memory from 0 to n, so it needs no order of dimensions, if all tensors agree on one.
     Contiguous and channels-last tensors are taken as they are. A slice, an expanded tensor, or one that differs is
     copied to the layout that most of the others have.
     """

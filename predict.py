@@ -57,7 +57,7 @@ def find_inputs(paths):
             found = [p for p in held if p.suffix.lower() in ENDINGS]
             if others := [p.name for p in held if p not in found]:
                 shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-                print(f"predict.py: {path}: skipped {len(others)} without a picture's ending ({shown})", file=sys.stderr)
+                print(f"predict.py: {path}: skipped {len(others)} that are no pictures ({shown})", file=sys.stderr)
         if not found:
             raise ValueError(f"{path}: holds no pictures ({', '.join(sorted(ENDINGS))})")
         for file in found:
@@ -96,8 +96,8 @@ def mask_all(args):
         except (ValueError, MemoryError, RuntimeError) as error:
             if not isinstance(error, ValueError) and not is_out_of_memory(error):
                 raise
-            first = (str(error).splitlines() or ["out of memory"])[0]
-            tqdm.write(f"predict.py: {first if isinstance(error, ValueError) else f'{path}: {first}'}", file=sys.stderr)
+            about = "" if isinstance(error, ValueError) else f"{path}: "
+            tqdm.write(f"predict.py: {about}{(str(error).splitlines() or ['out of memory'])[0]}", file=sys.stderr)
             failed += 1
             continue
         mask = probabilities.max(0).indices.numpy()  # several times as fast as argmax
@@ -122,14 +122,14 @@ def main():
         cli.error("name photos or folders, or --export FILE, and not both")
     if args.export and args.frames:
         cli.error("--frames and --export: an exported network makes all its passes over one photo; choose one")
+    status = 0
     try:
         if args.export:
             model = load(args.checkpoint)
             off, shape = export(model, args.export), f"RGB from 0 to 1 (B, 3, h, w), short side {model.size}"
             print(f"{args.export}: image, {shape} -> logits (B, K, h, w); within {off:.0e} of PyTorch's")
-            status = 0
         else:
-            status = mask_all(args) > 0
+            status = int(mask_all(args) > 0)
     except (ValueError, OSError) as error:  # OSError: a folder that may not be read or written
         status = f"predict.py: {error}"
     except KeyboardInterrupt:

@@ -198,8 +198,7 @@ class RecurrentUNet(nn.Module):
         """The state before pass 1: mask (B, K, H, W) and h, all zero. Later masks sum to one in every pixel,
         so the network can recognise the first pass."""
         check_image(image, self)
-        how = dict(dtype=self.head.weight.dtype, device=image.device)
-        return tuple(torch.zeros(shape, **how) for shape in self.state_shapes(image))
+        return tuple(self.head.weight.new_zeros(shape, device=image.device) for shape in self.state_shapes(image))
 
     def state_shapes(self, image):
         b, _, *size = image.shape

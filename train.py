@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import open_dataset, survey
-from evaluate import Segmenter, by_pass, draw_samples, evaluate_split, load, print_table, scores, start_from
+from evaluate import Segmenter, draw_samples, evaluate_split, load, print_table, scores, start_from
 from paper import baselines
 from rurnet import VOID, recurrent_loss
 from support import processes
@@ -195,8 +195,8 @@ def train(c, net=None, folder=None):
             processes.copy_buffers_from_first(ema.module)
             rows = [scores(matrix) for matrix in evaluate_split(model, held_out)[0]]
             seconds, score, loss = time.time() - began, rows[-1]["mIoU"], total / steps
-            row = {"epoch": epoch, "loss": loss, "lr": schedule.get_last_lr()[0], "seconds": seconds}
-            log.append(row | by_pass(rows))
+            log.append({"epoch": epoch, "loss": loss, "lr": schedule.get_last_lr()[0], "seconds": seconds})
+            log[-1] |= {f"{name}_{t}": value for t, row in enumerate(rows, 1) for name, value in row.items()}
             best, done, total = max(best, score), 0, 0.0
             if score == best:
                 save_as("best.pt", weights)
