@@ -300,9 +300,8 @@ def check(root, void):
     found = survey(root, void)
     print(f"{root}: {found.layout}, {found.classes} classes {' '.join(found.names)}".rstrip())
     for split, pairs in found.pairs.items():
-        photos = [photo for _, photo, *_ in pairs if photo in found.counts]
-        sizes = sorted({found.sizes[photo] for photo in photos}, key=np.prod)
-        pixels = sum((found.counts[photo] for photo in photos), np.zeros(256, int))
+        sizes = sorted({found.sizes[photo] for _, photo, *_ in pairs if photo in found.sizes}, key=np.prod)
+        pixels = sum((found.counts[photo] for _, photo, *_ in pairs if photo in found.counts), np.zeros(256, int))
         shares = ", ".join(f"{value}: {pixels[value] / pixels.sum():.1%}" for value in np.flatnonzero(pixels))
         span = f"{sizes[0][0]}x{sizes[0][1]} to {sizes[-1][0]}x{sizes[-1][1]}" if sizes else "-"
         print(f"{split:5} {len(pairs):5} photos, {span}; mask values {shares}")

@@ -39,8 +39,8 @@ class Segmenter(nn.Module):
         masks = self.net(image, self.passes)
         if self.views == 1:
             return masks
-        mirrored = self.net(image.flip(-1), self.passes)
-        return [torch.logaddexp(s.log_softmax(1), m.log_softmax(1).flip(-1)) for s, m in zip(masks, mirrored)]
+        mirrored = [m.flip(-1) for m in self.net(image.flip(-1), self.passes)]
+        return [torch.stack(pair).log_softmax(2).logsumexp(0) for pair in zip(masks, mirrored)]  # ONNX has no logaddexp
 
     def to_input(self, photo):
         """RGB picture -> (1, 3, h, w) on the network's device."""

@@ -1,33 +1,111 @@
-"""How many groups the group norm should have: plain U-Net, 300 steps of 4 augmented crops, one seed.
+"""Networks with one thing changed, and two choices that were measured on validation photos.
 
-    python results/norm.py results/norm.csv hands/ 84 84         table to append to, data, short side, crop;
-    python results/norm.py results/norm.csv DRIVE/ 565 112       about a minute a line on one core
+    python -m experiments.ablations norm CSV DATA SIDE CROP    how many groups the group norm should have
+    python -m experiments.ablations start CSV DATA SEED ...    what to feed back, and where the first pass starts
 
-With as many groups as channels, group norm takes every photo's own mean off every channel, and with it its colour.
-It appends what the table lacks.
+experiments/evidence.py trains the ABLATIONS. These commands append to a file such as results/norm.csv, `norm` only
+what it lacks. One of its lines takes about a minute on one core.
 """
 
 import csv
 import sys
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import train
 from data import open_dataset
-from rurnet import PlainUNet
-from scoring import evaluate, scores
-from train import Config, recurrent_loss
+from evaluate import Segmenter, evaluate_split, scores
+from rurnet import DRU, DoubleConv, PlainUNet, RecurrentUNet, recurrent_loss
 
-NORMS = {  # from the name of the layer, such as unet.down.0.1, and its channels
+# ---------------------------------------------------------------- DRU(4) with one thing changed
+
+SOFTMAX, LOGITS = (lambda s: s.softmax(1)), (lambda s: s)
+
+
+class Variant(RecurrentUNet):
+    """DRU(4) that feeds back another function of its logits, or starts from another mask and state."""
+
+    def __init__(self, classes=2, feed=SOFTMAX, s_0=0.0, h_0=0.0):
+        super().__init__(classes)
+        self.feed, self.s_0, self.h_0 = feed, s_0, h_0
+
+    def start(self, image):
+        mask, h = super().start(image)
+        return mask + self.s_0, h + self.h_0
+
+    def step(self, image, state):
+        s, (_, h) = super().step(image, state)
+        return s, (self.feed(s), h)
+
+
+def relu_gates(classes):
+    """Gate networks that end in a ReLU, as in the official code."""
+    net = RecurrentUNet(classes)
+    for module in net.unit.modules():
+        if isinstance(module, nn.Sequential) and isinstance(module[-1], nn.Identity):
+            module[-1] = nn.ReLU()
+    return net
+
+
+def bare_decoder(classes):
+    """A decoder whose convolutions have a bias in place of the norm, as in the official code."""
+    net = RecurrentUNet(classes)
+    for up in net.outer.up:
+        for i in 0, 3:
+            up.conv[i].bias, up.conv[i + 1] = nn.Parameter(torch.zeros(up.conv[i].out_channels)), nn.Identity()
+    return net
+
+
+class MaskedStateDRU(DRU):
+    """The official code's other unit: the candidate sees all of e, and the state through the reset gate."""
+
+    def __init__(self, c_e, c_h):
+        super().__init__(c_e, c_h)
+        self.net_r, self.net_c = DoubleConv(c_e, c_h, nn.Identity), DoubleConv(c_e + c_h, c_h, nn.Identity)
+
+    def forward(self, e, h):
+        seen = torch.cat([e, self.reset(h, self.net_r(e))], dim=1)
+        return self.update(h, self.net_z(e), self.net_c(seen))
+
+
+def masked_state(classes):
+    net = RecurrentUNet(classes)
+    net.unit = MaskedStateDRU(64, net.hidden)
+    return net
+
+
+ABLATIONS = {  # name: what changes in the Config
+    **{f"N = {n}": dict(passes=n) for n in (1, 2, 4, 5)},
+    "alpha = 0.7": dict(alpha=0.7),
+    "alpha = 1": dict(alpha=1.0),
+    **{f"l = {level}": dict(level=level) for level in (3, 2, 1)},  # 0 is DRU(0)
+    "width 16": dict(width=16),
+    "hidden 128": dict(hidden=128),
+}
+BUILD = {  # name: its network, which a Config cannot describe, from the number of classes
+    "gates end in ReLU": relu_gates,
+    "logits fed back": partial(Variant, feed=LOGITS),
+    "nothing fed back": partial(Variant, feed=torch.zeros_like),
+    "no norm in the decoder": bare_decoder,
+    "candidate of e and r * h": masked_state,
+}
+ABLATIONS |= {name: {} for name in BUILD}
+
+# ---------------------------------------------------------------- norm: the plain U-Net, 300 steps of 4 crops
+
+NORMS = {  # of a layer's name, such as unet.down.0.1, and its channels
     "8 groups": lambda name, c: nn.GroupNorm(8, c),
     "8 groups of 2 channels or more": lambda name, c: nn.GroupNorm(min(8, c // 2), c),
     "8 groups of 4 channels or more": lambda name, c: nn.GroupNorm(min(8, c // 4), c),
-    "8 groups, of 4 or more where the photo enters": lambda name, c: nn.GroupNorm(2 if name.startswith("unet.down.0.") else 8, c),
+    "8 groups, of 4 or more where the photo enters":
+        lambda name, c: nn.GroupNorm(2 if name.startswith("unet.down.0.") else 8, c),
     "groups of 8 channels": lambda name, c: nn.GroupNorm(c // 8, c),
     "batch norm": lambda name, c: nn.BatchNorm2d(c),
-}
+}  # fmt: skip
 
 
 def with_norm(net, norm):
@@ -37,21 +115,9 @@ def with_norm(net, norm):
     return net
 
 
-def learn(net, photos, order, batch):
-    """Look once at every photo of the order."""
-    optimiser = torch.optim.AdamW(net.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=len(order) // batch)
-    for step in range(len(order) // batch):
-        image, truth = (torch.stack(part) for part in zip(*(photos[k] for k in order[batch * step : batch * (step + 1)])))
-        optimiser.zero_grad()
-        recurrent_loss(net(image), truth, 1).backward()
-        optimiser.step()
-        schedule.step()
-
-
-def main(table, data, size, crop):
-    photos = open_dataset(data, "train", int(size), augment=True, crop=int(crop), rotate=15 if size == crop else 180)
-    photos.repeat = -(-1200 // len(photos))
+def compare_norms(table, data, side, crop, steps=300):
+    photos = open_dataset(data, "train", side, augment=True, crop=crop, rotate=15 if side == crop else 180)
+    photos.repeat = -(-4 * steps // len(photos))
     order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0)).tolist()
     known = [row[:2] for row in csv.reader(open(table, newline=""))] if Path(table).exists() else []
     for name, norm in NORMS.items():
@@ -59,11 +125,54 @@ def main(table, data, size, crop):
             continue
         torch.manual_seed(0)
         net = with_norm(PlainUNet(), norm)
-        learn(net, photos, order[:1200], batch=4)
-        matrix = evaluate(net, open_dataset(data, "val"), Config(size=int(size)), torch.device("cpu"))[0][0]
-        with open(table, "a", newline="") as file:
-            csv.writer(file).writerow([Path(data).name, name, f"{scores(matrix)['IoU']:.4f}"])
+        optimiser = torch.optim.AdamW(net.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+        for step in range(steps):
+            image, truth = (torch.stack(part) for part in zip(*(photos[k] for k in order[4 * step : 4 * step + 4])))
+            optimiser.zero_grad()
+            recurrent_loss(net(image), truth, 1).backward()
+            optimiser.step()
+            schedule.step()
+        (matrix,), _ = evaluate_split(Segmenter(net, side, 1, 1), open_dataset(data, "val"))
+        append(table, [Path(data).name, name, f"{scores(matrix)['IoU']:.4f}"])
+
+
+# ---------------------------------------------------------------- start: DRU(4), 6 epochs at a short side of 60
+
+STARTS = {  # what is fed back, what stands for it before the first pass, h_0
+    "softmax, s_0 uniform, h_0 zero": (SOFTMAX, 0.5, 0.0),
+    "softmax, s_0 uniform, h_0 one": (SOFTMAX, 0.5, 1.0),
+    "softmax, s_0 zero, h_0 zero": (SOFTMAX, 0.0, 0.0),
+    "softmax, s_0 zero, h_0 one": (SOFTMAX, 0.0, 1.0),
+    "logits, s_0 zero, h_0 zero": (LOGITS, 0.0, 0.0),
+    "logits, s_0 one, h_0 one": (LOGITS, 1.0, 1.0),  # as in the official code
+}
+
+
+def compare_starts(table, data, seeds):
+    for seed in seeds:
+        for name, how in STARTS.items():
+            torch.manual_seed(seed)
+            with TemporaryDirectory() as out:
+                train.train(train.Config(data=data, out=out, size=60, epochs=6, seed=seed), Variant(2, *how))
+                last = list(csv.DictReader(open(f"{out}/log.csv")))[-1]
+            append(table, [Path(data).name, name, seed, *(f"{float(last[f'IoU_{t}']):.4f}" for t in (1, 2, 3))])
+
+
+def append(table, row):
+    with open(table, "a", newline="") as file:
+        csv.writer(file).writerow(row)
+
+
+def main():
+    match sys.argv[1:]:
+        case ["norm", table, data, side, crop]:
+            compare_norms(table, data, int(side), int(crop))
+        case ["start", table, data, *seeds] if seeds:
+            compare_starts(table, data, map(int, seeds))
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

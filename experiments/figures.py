@@ -1,10 +1,10 @@
-"""Every picture of the tutorial and the README, into figures/.
+"""Every picture of the pages, into figures/.
 
-    python figures.py                     all; needs hands/ and runs/hands/, which README's first line makes
-    python figures.py architecture alpha  these alone
+    python -m experiments.figures                       all of them
+    python -m experiments.figures architecture alpha    these alone
 
-architecture, alpha, traffic, growth and evidence are drawings and come out byte for byte alike under one version of matplotlib. The others
-show what a trained network does, on toy photos: as alike as two trainings are, which on one machine is exactly.
+The DRAWINGS come out byte for byte alike under one version of matplotlib. The others show what a network does. They
+need hands/ and runs/hands/, which the first command of README.md makes, and are as alike as two trainings are.
 """
 
 import csv
@@ -15,25 +15,30 @@ import matplotlib
 import numpy as np
 import torch
 
-from data import MEAN, STD, open_dataset
+from data import open_dataset
+from evaluate import evaluate_split, load, scores
+from experiments.tables import NAMED, read_rows, scores_of
 from gates_triton import PASSES
-from scoring import evaluate, scores, to_size
-from train import load_net
+from support.checkpoints import read_checkpoint
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noqa: E402
 
-plt.rcParams |= {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110}
-BLUE, GREEN, RED, GREY = "#3b6ea8", "#2a9d6f", "#c8553d", "#6b7280"
 RUN = Path("runs/hands")
+BLUE, GREEN, RED, GREY = "#3b6ea8", "#2a9d6f", "#c8553d", "#6b7280"
+plt.rcParams |= {"font.size": 9, "axes.titlesize": 9, "savefig.dpi": 110}
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
 
 # ---------------------------------------------------------------- drawings
 
 
-def arrow(ax, start, end, color="black", bend=0.0, style="-", lw=1.0):
+def draw_arrow(ax, start, end, color="black", bend=0.0, style="-", lw=1.0):
     shape = dict(connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=9, linestyle=style, linewidth=lw)
     ax.add_patch(FancyArrowPatch(start, end, color=color, shrinkA=0, shrinkB=0, **shape))
+
+
+MIDDLE = dict(ha="center", va="center")
 
 
 def draw_small_u(ax, x, y, levels, step, box):
@@ -43,52 +48,53 @@ def draw_small_u(ax, x, y, levels, step, box):
             ax.add_patch(Rectangle((left, y - i * step[1] - box[1]), *box, color=BLUE, alpha=0.9, lw=0))
 
 
-def architecture():
-    widths, row, box = (8, 16, 32, 64, 128), 1.0, (0.62, 0.5)
+def draw_architecture():
+    widths, box, step, right = (8, 16, 32, 64, 128), (0.62, 0.5), 0.75, 7.2
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.4), layout="constrained")
     for ax, level in zip(axes, (4, 3, 0)):
         ax.set(xlim=(-0.6, 8.4), ylim=(-5.6, 2.1), title=f"l = {level}")
         ax.axis("off")
-        step, right = 0.75, 7.2
         for i in range(level):  # what stays of the U-Net
-            y = -i * row
+            y = -i
             for left in (i * step, right - i * step):
                 ax.add_patch(Rectangle((left, y - box[1]), *box, color=BLUE, lw=0))
-                ax.text(left + box[0] / 2, y - box[1] / 2, widths[i], ha="center", va="center", color="white", fontsize=8)
-            arrow(ax, (i * step + box[0], y - 0.25), (right - i * step, y - 0.25), GREY, lw=0.7)
+                ax.text(left + box[0] / 2, y - box[1] / 2, widths[i], color="white", fontsize=8, **MIDDLE)
+            draw_arrow(ax, (i * step + box[0], y - 0.25), (right - i * step, y - 0.25), GREY, lw=0.7)
             if i:
-                arrow(ax, ((i - 1) * step + 0.3, y + row - box[1]), (i * step + 0.2, y))
-                arrow(ax, (right - i * step + 0.4, y), (right - (i - 1) * step + 0.3, y + row - box[1]))
+                draw_arrow(ax, ((i - 1) * step + 0.3, y + 1 - box[1]), (i * step + 0.2, y))
+                draw_arrow(ax, (right - i * step + 0.4, y), (right - (i - 1) * step + 0.3, y + 1 - box[1]))
         # the recurrent unit: each f inside is a small U of the widths that it replaces
         tail = widths[level:]
         mini, small = (0.16, 0.36), (0.2 if level < 4 else 0.34, 0.24)
         reach = 2 * (len(tail) - 1) * mini[0] + small[0]
         height = (len(tail) - 1) * mini[1] + small[1] + 0.75
         wide = 3 * reach + 4 * 0.3
-        x0, y0 = 3.91 - wide / 2, -max(level, 1) * row + (0.9 if level == 0 else 0.15)
-        ax.add_patch(FancyBboxPatch((x0, y0 - height), wide, height, boxstyle="round,pad=0.08", fc="#e4f3ec", ec=GREEN, lw=1.4))
+        x0, y0 = 3.91 - wide / 2, -max(level, 1) + (0.9 if level == 0 else 0.15)
+        how = dict(boxstyle="round,pad=0.08", fc="#e4f3ec", ec=GREEN, lw=1.4)
+        ax.add_patch(FancyBboxPatch((x0, y0 - height), wide, height, **how))
         for k, name in enumerate(("$f_z$", "$f_r$", "$f_c$")):
             left = x0 + 0.3 + k * (reach + 0.3)
             draw_small_u(ax, left, y0 - 0.45, len(tail), mini, small)
-            ax.text(left + reach / 2, y0 - 0.2, name, ha="center", va="center")
-        ax.text(3.91, y0 - height - 0.3, "recurrent unit, state $h_t$", ha="center", va="center", color=GREEN)
-        arrow(ax, (x0 + wide + 0.1, y0 - 0.75 * height), (x0 + wide + 0.1, y0 - 0.25 * height), GREEN, bend=1.6, style="--", lw=1.4)
+            ax.text(left + reach / 2, y0 - 0.2, name, **MIDDLE)
+        ax.text(3.91, y0 - height - 0.3, "recurrent unit, state $h_t$", **MIDDLE, color=GREEN)
+        beside = x0 + wide + 0.1
+        draw_arrow(ax, (beside, y0 - 0.75 * height), (beside, y0 - 0.25 * height), GREEN, bend=1.6, style="--", lw=1.4)
         if level:
-            y = -(level - 1) * row - box[1]
-            arrow(ax, ((level - 1) * step + 0.3, y), (x0, y0 - 0.3))
-            arrow(ax, (x0 + wide + 0.08, y0 - 0.1), (right - (level - 1) * step + 0.3, y))
+            y = 1 - level - box[1]
+            draw_arrow(ax, ((level - 1) * step + 0.3, y), (x0, y0 - 0.3))
+            draw_arrow(ax, (x0 + wide + 0.08, y0 - 0.1), (right - (level - 1) * step + 0.3, y))
             ends = (0.3, 0.0), (right + 0.3, 0.0)
         else:
             ends = (x0 + 0.4, y0 + 0.08), (x0 + wide - 0.4, y0 + 0.08)
-        arrow(ax, (0.3, 0.75), ends[0])
-        arrow(ax, ends[1], (right + 0.3, 0.75))
-        ax.text(0.0, 1.0, "image, $s_{t-1}$", ha="center", va="center")
-        ax.text(right + 0.4, 1.0, "$s_t$", ha="center", va="center", color=RED)
-        arrow(ax, (right + 0.25, 1.25), (0.6, 1.25), RED, bend=0.12, style="--", lw=1.4)
-    keep(figure, "architecture")
+        draw_arrow(ax, (0.3, 0.75), ends[0])
+        draw_arrow(ax, ends[1], (right + 0.3, 0.75))
+        ax.text(0.0, 1.0, "image, $s_{t-1}$", **MIDDLE)
+        ax.text(right + 0.4, 1.0, "$s_t$", **MIDDLE, color=RED)
+        draw_arrow(ax, (right + 0.25, 1.25), (0.6, 1.25), RED, bend=0.12, style="--", lw=1.4)
+    keep_figure(figure, "architecture")
 
 
-def alpha():
+def draw_alpha():
     figure, axes = plt.subplots(1, 3, figsize=(7.5, 2.2), sharey=True, layout="constrained")
     for ax, value in zip(axes, (1, 0.7, 0.4)):
         weights = [value ** (3 - t) for t in (1, 2, 3)]
@@ -97,10 +103,10 @@ def alpha():
             ax.text(t, weight + 0.02, f"{weight:.2f}", ha="center")
         ax.set(title=rf"$\alpha$ = {value}", xticks=(1, 2, 3), xlabel="pass t", ylim=(0, 1.2))
     axes[0].set_ylabel(r"weight $\alpha^{N-t}$")
-    keep(figure, "alpha")
+    keep_figure(figure, "alpha")
 
 
-def traffic():
+def draw_traffic():
     figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.6), sharex=True, layout="constrained")
     for ax, gate in zip(axes, ("update", "reset", "norm")):
         for y, way in enumerate(("forward", "backward")):
@@ -108,168 +114,163 @@ def traffic():
             for dy, count, color, name in ((0.2, eager, GREY, "eager"), (-0.2, fused, GREEN, "fused")):
                 ax.barh(1 - y + dy, count, 0.36, color=color, label=name if not y else None)
                 ax.text(count + 0.3, 1 - y + dy, count, va="center")
-        ax.set(title="norm and ReLU" if gate == "norm" else gate, yticks=(1, 0), yticklabels=("forward", "backward"), xlabel="memory passes", xlim=(0, 26))
+        title = "norm and ReLU" if gate == "norm" else gate
+        ax.set(title=title, yticks=(1, 0), yticklabels=("forward", "backward"), xlabel="memory passes", xlim=(0, 26))
     axes[1].legend(loc="lower right", frameon=False)
-    keep(figure, "traffic")
+    keep_figure(figure, "traffic")
 
 
-def growth():
-    """What `bench.py --grow results/growth.csv` measured."""
-    with (Path(__file__).parent / "results/growth.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+def draw_growth():
+    """What `bench --grow` measured."""
+    rows = read_rows("growth.csv")
     figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), sharey=True, layout="constrained")
     for ax, axis in zip(axes, ("passes", "side", "batch")):
         x, ms, mb = ([float(row[name]) for row in rows if row["axis"] == axis] for name in ("value", "ms", "MB"))
         ax.plot(x, ms, "o-", color=BLUE, label="milliseconds")
         ax.plot(x, mb, "s-", color=RED, label="MB")
-        ax.set(xscale="log", yscale="log", xlabel={"side": "side of the image", "batch": "images at once"}.get(axis, axis))
+        label = {"side": "side of the image", "batch": "images at once"}.get(axis, axis)
+        ax.set(xscale="log", yscale="log", xlabel=label)
         ax.set_xticks(x, [f"{v:.0f}" for v in x])
         ax.minorticks_off()
     axes[0].legend(frameon=False)
-    keep(figure, "growth")
+    keep_figure(figure, "growth")
 
 
-NAMED = {"DRIVE": "DRIVE, F1", "hgr": "HGR, IoU", "desks": "desks, IoU", "roads": "roads, IoU", "camvid": "CamVid, mIoU"}  # as in results/tables.py
-SHOWN = {"U-Net-B": GREY, "U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE, "Rec-Last": BLUE,
-         "SRU(4)": GREEN, "DRU(4)": GREEN, "SRU(0)": GREEN, "DRU(0)": GREEN}  # fmt: skip
+SHOWN = {"U-Net-B": GREY, "U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE,
+         "Rec-Last": BLUE, "SRU(4)": GREEN, "DRU(4)": GREEN, "SRU(0)": GREEN, "DRU(0)": GREEN}  # fmt: skip
 
 
-def evidence():
-    """The last pass's test score of every seed in results/evidence.csv."""
-    with (Path(__file__).parent / "results/evidence.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(1, len(NAMED), figsize=(13, 3), sharey=True, layout="constrained")
+def draw_evidence():
+    """The last pass's test score of every seed."""
+    figure, axes = plt.subplots(1, len(NAMED), figsize=(11, 3), sharey=True, layout="constrained")
     for ax, (data, name) in zip(axes, NAMED.items()):
         for y, (system, color) in enumerate(SHOWN.items()):
-            found = [row[name.split()[-1]].split() for row in rows if (row["data"], row["system"]) == (data, system)]
-            values = [float(v[min(len(v), 3) - 1]) for v in found]
+            values = scores_of(data, system)
             ax.plot(values, [y] * len(values), "o", color=color)
         ax.set(title=name, yticks=range(len(SHOWN)), yticklabels=list(SHOWN))
         ax.margins(x=0.2)
+        ax.locator_params(axis="x", nbins=5)
         ax.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
-    keep(figure, "evidence")
+    keep_figure(figure, "evidence")
 
 
 # ---------------------------------------------------------------- what a trained network does
 
 
-def trained():
-    """The network that README's first line trains, its Config, and the toy set's test photos."""
+def load_example():
+    """The network that README's first command trains, and the test photos of its data."""
     try:
-        net, config, _ = load_net(RUN / "best.pt", torch.device("cpu"))
-        return net, config, open_dataset(config.data, "test")
+        model, config = load(RUN / "best.pt"), read_checkpoint(RUN / "best.pt")["config"]
+        return model, open_dataset(config["data"], "test")
     except ValueError as error:
-        raise ValueError(f"{error}. The first line of README.md draws hands/ and trains runs/hands/") from None
+        raise ValueError(f"{error}. The first command of README.md draws hands/ and trains runs/hands/") from None
 
 
-def photograph(image):
-    return ((image.numpy().transpose(1, 2, 0) * STD + MEAN) * 255).round().clip(0, 255).astype(np.uint8)
-
-
-def show(ax, picture, title="", **how):
+def show_picture(ax, picture, title="", **how):
     ax.imshow(np.asarray(picture), **how)
     ax.set_title(title)
     ax.axis("off")
 
 
 @torch.no_grad()
-def look(net, image, passes):
-    """Every pass over one image (3, H, W): the foreground's probability, z, r and h, each (C, h, w)."""
+def look_inside(net, image, passes=3):
+    """Every pass over one image (1, 3, H, W): the foreground's probability p, and z, r, h, each (C, h, w)."""
     seen = []
     hooks = [
         net.unit.net_z.register_forward_hook(lambda m, i, a: seen[-1].update(z=a.sigmoid()[0])),
         net.unit.net_r.register_forward_hook(lambda m, i, a: seen[-1].update(r=a.sigmoid()[0])),
     ]
-    state = net.start(image[None])
+    state = net.start(image)
     for _ in range(passes):
         seen.append({})
-        s, state = net.step(image[None], state)
+        s, state = net.step(image, state)
         seen[-1].update(p=s.softmax(1)[0, 1], h=state[1][0])
     for hook in hooks:
         hook.remove()
     return seen
 
 
-def wobbliest(net, config, photos, count):
-    """The photos whose mask changes most between the first pass and the last: where recurrence has something to do."""
-    moved = []
-    for i in range(len(photos)):
-        seen = look(net, to_size(photos[i][0], config.size)[0], 3)
-        moved.append((seen[-1]["p"] - seen[0]["p"]).abs().mean().item())
-    return [photos[i] for i in np.argsort(moved)[::-1][:count]]
+def most_changed(model, photos, count):
+    """(photo, truth, passes) of the photos whose mask changes most from the first pass to the last."""
+    pairs = map(photos.pictures, range(len(photos)))
+    every = [(photo, truth, look_inside(model.net, model.to_input(photo))) for photo, truth in pairs]
+    return sorted(every, key=lambda found: -(found[2][-1]["p"] - found[2][0]["p"]).abs().mean())[:count]
 
 
-def passes():
-    net, config, photos = trained()
+def draw_passes():
     figure, axes = plt.subplots(3, 5, figsize=(9.5, 4.6), layout="constrained")
-    for line, (image, truth) in zip(axes, wobbliest(net, config, photos, 3)):
-        seen = look(net, to_size(image, config.size)[0], 3)
-        show(line[0], photograph(image))
-        show(line[1], truth, cmap="gray")
+    for line, (photo, truth, seen) in zip(axes, most_changed(*load_example(), 3)):
+        show_picture(line[0], photo)
+        show_picture(line[1], truth, cmap="gray")
         for ax, at in zip(line[2:], seen):
-            show(ax, at["p"], cmap="magma", vmin=0, vmax=1)
+            show_picture(ax, at["p"], cmap="magma", vmin=0, vmax=1)
     for ax, title in zip(axes[0], ("photo", "truth", "pass 1", "pass 2", "pass 3")):
         ax.set_title(title)
-    keep(figure, "passes")
+    keep_figure(figure, "passes")
 
 
-def gates():
-    net, config, photos = trained()
-    image, _ = wobbliest(net, config, photos, 1)[0]
-    seen = look(net, to_size(image, config.size)[0], 3)
+def draw_gates():
+    ((photo, _, seen),) = most_changed(*load_example(), 1)
     figure, axes = plt.subplots(3, 5, figsize=(9.5, 4.8), layout="constrained")
-    busiest = {name: seen[-1][name].std((1, 2), correction=0).argmax() for name in "zrh"}  # the channel that varies most over the photo
+    varied = {name: seen[-1][name].std((1, 2), correction=0).argmax() for name in "zrh"}  # the channel that varies most
     for t, (line, at) in enumerate(zip(axes, seen), 1):
-        show(line[0], photograph(image), f"pass {t}: photo")
+        show_picture(line[0], photo, f"pass {t}: photo")
         for ax, name, cmap, low in zip(line[1:], "zrh", ("viridis", "viridis", "coolwarm"), (0, 0, -1)):
-            show(ax, at[name][busiest[name]], f"{name}, channel {busiest[name]}", cmap=cmap, vmin=low, vmax=1)
-        show(line[4], at["p"], "probability of hand", cmap="magma", vmin=0, vmax=1)
-    keep(figure, "gates")
+            show_picture(ax, at[name][varied[name]], f"{name}, channel {varied[name]}", cmap=cmap, vmin=low, vmax=1)
+        show_picture(line[4], at["p"], "probability of hand", cmap="magma", vmin=0, vmax=1)
+    keep_figure(figure, "gates")
 
 
-def more_passes():
-    net, config, photos = trained()
-    config.passes = 6
+def draw_more_passes():
+    model, photos = load_example()
+    model.passes = 6
     figure, ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
-    values = [scores(matrix)["IoU"] for matrix in evaluate(net, photos, config, torch.device("cpu"))[0]]
+    values = [scores(matrix)["IoU"] for matrix in evaluate_split(model, photos)[0]]
     ax.axvspan(0.7, 3.5, color=GREEN, alpha=0.1, lw=0)
     ax.plot(range(1, 7), values, "o-", color=BLUE)
-    ax.set(xlabel="passes at test time", ylabel="IoU of the hands", xlim=(0.7, 6.3), title="shaded: the passes it was trained with")
-    keep(figure, "more_passes")
+    ax.set(xlabel="passes at test time", ylabel="IoU of the hands", xlim=(0.7, 6.3))
+    ax.set_title("shaded: the passes it was trained with")
+    keep_figure(figure, "more_passes")
 
 
-def curves():
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    if not (RUN / "log.csv").exists():
-        raise ValueError(f"{RUN / 'log.csv'}: missing. The first line of README.md draws hands/ and trains runs/hands/")
+def draw_curves():
+    load_example()
     with open(RUN / "log.csv") as file:
         log = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     epochs = [row["epoch"] for row in log]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     left.plot(epochs, [row["loss"] for row in log], color=BLUE)
     left.set(xlabel="epoch", ylabel="training loss", yscale="log")
     for t, color in zip((1, 2, 3), (GREY, BLUE, GREEN)):
         right.plot(epochs, [row[f"IoU_{t}"] for row in log], color=color, label=f"pass {t}")
     right.set(xlabel="epoch", ylabel="validation IoU")
     right.legend(frameon=False)
-    keep(figure, "curves")
+    keep_figure(figure, "curves")
 
 
-FIGURES = {f.__name__: f for f in (architecture, alpha, traffic, growth, evidence, passes, gates, more_passes, curves)}
+DRAWINGS = {"architecture": draw_architecture, "alpha": draw_alpha, "traffic": draw_traffic, "growth": draw_growth,
+            "evidence": draw_evidence}  # fmt: skip
+TRAINED = {"passes": draw_passes, "gates": draw_gates, "more_passes": draw_more_passes, "curves": draw_curves}
+FIGURES = DRAWINGS | TRAINED
 
 
-def keep(figure, name):
+def keep_figure(figure, name):
     Path("figures").mkdir(exist_ok=True)
     figure.savefig(f"figures/{name}.png", metadata={"Software": None})
     plt.close(figure)
 
 
-if __name__ == "__main__":
+def main():
     wanted = sys.argv[1:] or list(FIGURES)
     try:
         if unknown := set(wanted) - set(FIGURES):
-            raise ValueError(f"no figure {min(unknown)}; there are {', '.join(FIGURES)}")
+            raise ValueError(f"there is no figure {min(unknown)}; there are {', '.join(FIGURES)}")
         for name in wanted:
             FIGURES[name]()
     except ValueError as error:
-        sys.exit(f"figures.py: {error}")
+        sys.exit(f"experiments.figures: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
 """A video with one pass a frame and the state carried along, against three passes a frame.
 
-    python results/video.py DATA OUT    DATA holds video_hand/ and video_davis/; writes a line a video set and way to OUT
+    python -m experiments.video DATA OUT    DATA holds video_hand/ and video_davis/; OUT is a csv
 
-DRU(4) trains on the first 60 % of each sequence's frames (the last sixth of them validates), as on photos that have nothing to do with
-each other, and is tested on the rest. Runs are kept in runs/video/ and resumed. The times want an idle machine.
+DRU(4) trains on the first half of each sequence's frames, as on unrelated photos, validates on the next tenth and is
+tested on the rest. Runs are kept in runs/video/ and resumed. Use an idle machine: OUT has frames a second.
 """
 
 import csv
@@ -12,78 +12,99 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import fast
-import toy
 import train
 from data import open_dataset
-from scoring import confusion, scores, to_photo, to_size
+from evaluate import confusion, load, scores, segment, segment_frame
+from support.runtime import keep_memory
+from support.toy import draw_hand_photo
 
 SETS = {"toy clips": 96, "video_hand": 96, "video_davis": 144}  # and the short side
 WAYS = ["three passes a frame", "one pass, state carried", "one pass, nothing carried"]
 
 
+def draw_clips(folder, clips=8, frames=30, seed=1):
+    """images/CLIP_FRAME.jpg and masks/: in each clip a hand moves over its desk, swinging about its wrist."""
+    for kind in "images", "masks":
+        (folder / kind).mkdir(parents=True)
+    for clip in range(clips):
+        ways = np.random.default_rng([seed, clip]).uniform(-1, 1, 6)
+        for frame in range(frames):
+            t = 2 * np.pi * frame / frames
+            move = 0.22 * (ways[0] * np.sin(t) + 1j * ways[1] * np.sin(2 * t + ways[2]))
+            turn = 0.5 * ways[3] * np.sin(t + ways[4])
+            photo, mask = draw_hand_photo(np.random.default_rng([seed, clip, 1]), move=move, turn=turn)
+            photo.save(folder / "images" / f"clip{clip}_{frame:02d}.jpg", quality=90)
+            mask.save(folder / "masks" / f"clip{clip}_{frame:02d}.png")
+
+
+def sequence_of(name):
+    return name.rpartition("_")[0]
+
+
 def prepare(name, source):
-    """The set as a folder with lists of its own."""
+    """The set as a folder with lists of its own, drawn where there is no source."""
     root = Path("runs/video") / name.replace(" ", "_")
     if not (root / "masks").exists():
         shutil.rmtree(root, ignore_errors=True)  # half drawn
         root.mkdir(parents=True)
         if source is None:
-            toy.draw_clips(root / "drawing")
-            for kind in "images", "masks":
+            draw_clips(root / "drawing")
+        for kind in "images", "masks":
+            if source is None:
                 (root / "drawing" / kind).rename(root / kind)
-        else:
-            for kind in "images", "masks":
+            else:
                 (root / kind).symlink_to((source / kind).resolve())
-    sequences = {}
+    sequences, split_lists = {}, {"train": [], "val": [], "test": []}
     for path in sorted((root / "images").iterdir()):
-        sequences.setdefault(path.stem.rpartition("_")[0], []).append(path.stem)
-    lists = {"train": [], "val": [], "test": []}
+        sequences.setdefault(sequence_of(path.stem), []).append(path.stem)
     for frames in sequences.values():
         n = len(frames)
         for split, a, b in ("train", 0, n // 2), ("val", n // 2, 6 * n // 10), ("test", 6 * n // 10, n):
-            lists[split] += frames[a:b]
-    for split, names in lists.items():
+            split_lists[split] += frames[a:b]
+    for split, names in split_lists.items():
         (root / f"{split}.txt").write_text("\n".join(names) + "\n")
     return root
 
 
-@torch.no_grad()
-def watch(net, photos, size, way):
-    """Confusion matrix over the test frames, and seconds for them, reading not counted."""
-    matrix, seconds, sequence = 0, 0.0, None
-    for (name, *_), (image, truth) in zip(photos.pairs, photos):
+def watch(model, photos, way):
+    """Confusion matrix over the frames, and seconds for their masks, reading not included."""
+    matrix, seconds, state, sequence = 0, 0.0, None, None
+    for i, (name, *_) in enumerate(photos.pairs):
+        photo, truth = photos.pictures(i)
         began = time.perf_counter()
-        frame = to_size(image, size)
-        if way != "one pass, state carried" or name.rpartition("_")[0] != sequence:
-            sequence, state = name.rpartition("_")[0], net.start(frame)
-        for _ in range(3 if way == "three passes a frame" else 1):
-            s, state = net.step(frame, state)
-        mask = to_photo(s, image.shape[1:]).argmax(0)
+        if way == WAYS[0]:
+            (probabilities,) = segment(model, photo, every=False)
+        else:
+            carried = state if way == WAYS[1] and sequence_of(name) == sequence else None
+            probabilities, state = segment_frame(model, photo, carried)
+        mask, sequence = probabilities.argmax(0), sequence_of(name)
         seconds += time.perf_counter() - began
-        matrix += confusion(mask, truth, 2)
+        matrix += confusion(mask, torch.from_numpy(np.array(truth, np.int64)), photos.classes)
     return matrix, seconds
 
 
-if __name__ == "__main__":
-    data, table = sys.argv[1:]
-    rows = []
+def main():
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    (data, table), rows = sys.argv[1:], []
     for name, size in SETS.items():
         root = prepare(name, None if name == "toy clips" else Path(data) / name)
-        out = f"runs/video/{root.name}_run"
-        c = train.Config(data=str(root), out=out, size=size, crop=size, epochs=15)
-        train.train(c, resume=Path(out, "last.pt").exists())
-        net, *_ = train.load_net(Path(out) / "best.pt", torch.device("cpu"))
-        photos = open_dataset(root, "test")
-        fast.keep_memory()
-        watch(net, photos, size, WAYS[0])
+        out = Path(f"runs/video/{root.name}_run")
+        c = train.Config(data=str(root), out=str(out), size=size, epochs=15, resume=(out / "last.pt").exists())
+        train.train(c)
+        model, photos = load(out / "best.pt"), open_dataset(root, "test")
+        keep_memory()
+        watch(model, photos, WAYS[0])  # warms up
         for way in WAYS:
-            matrix, seconds = watch(net, photos, size, way)
-            row = [name, way, len(photos), f"{scores(matrix)['IoU']:.4f}", f"{len(photos) / seconds:.1f}"]
-            print(*row, sep=", ", flush=True)
-            rows.append(row)
+            matrix, seconds = watch(model, photos, way)
+            rows.append([name, way, len(photos), f"{scores(matrix)['IoU']:.4f}", f"{len(photos) / seconds:.1f}"])
+            print(*rows[-1], sep=", ", flush=True)
     with open(table, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,4 @@
-"""The toy set: seeded drawings that pass for photographs of hands over desks, each with its exact skin mask. Hands vary
-in skin, pose, light and sleeves, among clutter, some of it with the colour of skin."""
+"""The toy set: seeded drawings of varied hands over cluttered desks, each with its exact mask of skin."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
@@ -24,12 +24,14 @@ import data
 import predict
 import train
 from experiments import bench
-from support.checkpoints import read_checkpoint
+from paper.baselines import build
+from support.checkpoints import read_checkpoint, save
 
 HERE = Path(__file__).parent.parent
 SHARED = HERE.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the photographs in ../shared/data")
 law = settings(deadline=None, max_examples=25)
+FUZZ = settings(law, max_examples=int(os.environ.get("FUZZ", 25)), suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 2**31 - 1)
 TINY = ["--size", "16", "--width", "4", "--epochs", "2", "--batch", "20"]
 SCRIPTS = {"train.py": train, "predict.py": predict, "data.py": data, "experiments.bench": bench}
@@ -108,6 +110,15 @@ def run(script, *args):
     return subprocess.CompletedProcess([script, *args], int(status), out.getvalue(), errors.getvalue())
 
 
+def raising(error):
+    """To patch a function with: it raises that error."""
+
+    def raise_it(*_, **__):
+        raise error
+
+    return raise_it
+
+
 def process(*args, **environment):
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HERE, env=os.environ | environment)
@@ -116,7 +127,8 @@ def process(*args, **environment):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """(folder, printed): photos/ with an F on each, and run/, two epochs over them. Tests must not write into it."""
-    at = tmp_path_factory.getbasetemp().parent / "trained"  # one for all processes of pytest-xdist
+    base = tmp_path_factory.getbasetemp()
+    at = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"  # one for all of xdist's processes
     with FileLock(f"{at}.lock"):
         if not (at / "printed").exists():
             write_fs(at / "photos")
@@ -133,3 +145,37 @@ def alike(run, other):
     weights = [zip(a[part].values(), b[part].values(), strict=True) for part in ("model", "ema")]
     same = all(torch.equal(x, y) for part in weights for x, y in part)
     return same and logs[0] == logs[1] and len((run / "log.csv").read_text().splitlines()) == len(a["log"]) + 1
+
+
+@st.composite
+def spoiled(draw, content):
+    """The bytes cut, changed, zeroed, repeated or deleted at random places."""
+    content = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, len(content) - 1)))
+        if draw(st.booleans()):
+            at = min(at, draw(st.integers(0, 200)))  # damage to a header breaks most
+        span = slice(at, at + draw(st.sampled_from([1, 2, 4, 30, 300])))
+        match draw(st.sampled_from(["cut", "turn", "zero", "twice", "other", "gone"])):
+            case "cut":
+                del content[at:]
+            case "turn":
+                content[span] = bytes(b ^ draw(st.sampled_from([1, 128, 255])) for b in content[span])
+            case "zero":
+                content[span] = bytes(len(content[span]))
+            case "twice":
+                content[span] = content[span] * 2
+            case "other":
+                content[span] = draw(st.binary(min_size=len(content[span]), max_size=len(content[span])))
+            case "gone":
+                del content[span]
+    return bytes(content)
+
+
+def write_checkpoint(path, name="dru", classes=2, size=16, passes=2, views=1, **options):
+    """A checkpoint of an untrained network, as train.py describes it; returns that network."""
+    net = build(name, classes, **options)
+    how = {"size": size, "passes": passes, "views": views}
+    weights = {"model": build(name, classes, **options).state_dict(), "ema": net.state_dict()}
+    save(path, {"network": {"name": name, "options": options}, "input": how, "classes": classes} | weights)
+    return net.eval()

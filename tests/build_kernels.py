@@ -1,0 +1,135 @@
+"""Build the kernels for GPUs that this machine may lack, and check the machine code. This needs triton, no GPU.
+
+    python -m tests.build_kernels gates     spilled registers, width of loads, number of instructions, offsets
+    python -m tests.build_kernels norms     the same for the kernels of FusedNorm
+    python -m tests.build_kernels passes    loads and stores, against PASSES
+
+test_gpu_builds.py runs all three. Triton compiles only in a process without TRITON_INTERPRET.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+import gates_triton as gates
+
+SM_80, SM_90, GFX942 = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
+GATES = gates._update_fwd, gates._update_bwd, gates._reset_fwd, gates._reset_bwd
+NORMS = gates._norm_sums, gates._norm_fwd, gates._norm_bwd_sums, gates._norm_bwd
+LARGE = "x_ptr", "g_ptr", "out_ptr", "dx_ptr"  # as large as a photo; the other tensors of a norm are float32
+CONSTANTS = dict(BLOCK=gates.BLOCK, SPAN=gates.SPAN, RELU=True, EPS=1e-5, SPLITS=128, PARTS=128)
+LARGEST = dict(SPAN=8 * gates.SPAN, SPLITS=256, PARTS=256)  # what a photo of 8 megapixels needs
+
+
+def built_for_gpu(kernel, dtype, target, none=(), n_type="i32", n_even=True, warps=4, **constants):
+    """As Triton's launcher does. n_even: sizes are multiples of 16, as pointers are. none: unneeded gradients."""
+    constants = CONSTANTS | constants
+    signature, constexprs, attrs = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or name in none:
+            signature[name], constexprs[i,] = "constexpr", constants.get(name)
+        else:
+            size = name in ("n", "HW", "M", "groups", "width")
+            small = kernel in NORMS and name not in LARGE and dtype != "fp64"
+            signature[name] = n_type if name == "n" else "i32" if size else "*fp32" if small else f"*{dtype}"
+            if not size or n_even and name not in ("groups", "width"):
+                attrs[i,] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def nvidia_tool(name, option, built):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        return subprocess.check_output([tool, option, file.name], text=True, stderr=subprocess.STDOUT)
+
+
+def spilled(built):
+    """Bytes that a thread keeps in memory for want of registers. cuobjdump calls them STACK or LOCAL."""
+    stack, local = re.findall(" (?:STACK|LOCAL):([0-9]+) ", nvidia_tool("cuobjdump", "-res-usage", built))
+    return int(stack) + int(local)
+
+
+def check_amd(kernel, *wide):
+    code = built_for_gpu(kernel, "fp32", GFX942).asm["amdgcn"]
+    assert all(operation in code for operation in wide), kernel
+    assert set(re.findall("_spill_count: +([0-9]+)", code)) == {"0"}, kernel
+
+
+def check_gates():
+    for kernel in GATES:
+        for dtype in "fp32", "bf16":
+            built = built_for_gpu(kernel, dtype, SM_90)
+            code = nvidia_tool("nvdisasm", "-c", built)
+            instructions = len(re.findall(r"^ +/[*][0-9a-f]{4}[*]/", code, re.M)) / 8  # a thread has 8 elements
+            assert instructions < 70, (kernel, dtype)  # with more, bf16 waits for arithmetic
+            loads_and_stores = set(re.findall("(?:LDG|STG)[.][A-Z0-9.]*", code))
+            assert loads_and_stores == {"LDG.E.128", "STG.E.128"}, (kernel, dtype)  # each moves 16 bytes
+            assert not spilled(built), (kernel, dtype)
+        for dtype in "fp16", "fp64":
+            assert not spilled(built_for_gpu(kernel, dtype, SM_90)), (kernel, dtype)
+        assert not spilled(built_for_gpu(kernel, "bf16", SM_80, n_even=False)), kernel
+        assert not spilled(built_for_gpu(kernel, "fp32", SM_80, n_type="i64")), kernel  # n past 2**31
+        check_amd(kernel, "global_load_dwordx4", "global_store_dwordx4")
+        # Every address is pointer + int64, and the program's number is widened before it is multiplied.
+        code = built_for_gpu(kernel, "fp32", SM_90).asm["ttir"]
+        assert len(re.findall("tt.addptr .*xi64>", code)) == len(re.findall("tt.addptr", code)) > 0, kernel
+        assert re.search("arith.muli .* : i64", code) and not re.search("arith.muli .* : i32", code), kernel
+
+
+def check_norms():
+    for kernel in NORMS:
+        sums = kernel in (gates._norm_sums, gates._norm_bwd_sums)
+        for dtype in "fp32", "bf16":
+            built = built_for_gpu(kernel, dtype, SM_90)
+            wide = set(re.findall("(?:LDG|STG)[.]E[.]128", nvidia_tool("nvdisasm", "-c", built)))
+            assert wide == ({"LDG.E.128"} if sums else {"LDG.E.128", "STG.E.128"}), (kernel, dtype)
+            assert not spilled(built), (kernel, dtype)
+        assert not spilled(built_for_gpu(kernel, "fp64", SM_80, n_even=False)), kernel
+        largest = spilled(built_for_gpu(kernel, "fp32", SM_90, warps=32 if sums else 4, **LARGEST))
+        # Known and accepted: 1024 threads have 64 registers each, and this kernel keeps 32 elements of x and of g.
+        assert 0 < largest <= 64 if kernel is gates._norm_bwd_sums else largest == 0, (kernel, largest)
+        check_amd(kernel, "global_load_dwordx4")
+        # A photo's start is at pointer + int64, multiplied as int64. Within a group int32 suffices.
+        code = built_for_gpu(kernel, "fp16", SM_90).asm["ttir"]
+        starts = len(re.findall("tt.addptr .*!tt.ptr<f16>, i64", code))
+        assert starts == sum(name in LARGE for name in kernel.arg_names), kernel
+        assert re.search("arith.muli .* : i64", code), kernel
+
+
+def check_passes():
+    def traffic(built):
+        loads, stores = (len(re.findall(operation, built.asm["ttir"])) for operation in ("tt.load", "tt.store"))
+        return loads, loads + stores
+
+    for kernel, name in zip(GATES, gates.PASSES):  # in this order, before those of the norm
+        assert traffic(built_for_gpu(kernel, "fp32", SM_90))[1] == gates.PASSES[name][0], name
+
+    # Photo-sized tensors of a norm: x to sum up; x and y; g and x to sum up; g, x and dx.
+    # The other loads and stores are weight, bias, and two or four partial sums.
+    for kernel, loads, stores, large in zip(NORMS, (1, 5, 6, 9), (2, 1, 2, 1), (1, 2, 2, 3), strict=True):
+        built = built_for_gpu(kernel, "fp16", SM_90)
+        assert traffic(built) == (loads, loads + stores), kernel
+        assert len(re.findall("tt.load.*<f16>|tt.store.*<f16>", built.asm["ttir"])) == large, kernel
+    assert (1 + 2, 2 + 3) == (gates.PASSES["norm", "forward"][0], gates.PASSES["norm", "backward"][0])
+
+    # A gradient that nobody needs costs no store, and no load that it alone needs.
+    for kernel, unneeded, loads, total in [
+        (gates._update_bwd, ["dh_ptr"], 4, 6), (gates._update_bwd, ["dh_ptr", "daz_ptr"], 3, 4),
+        (gates._update_bwd, ["dac_ptr"], 4, 6), (gates._update_bwd, ["daz_ptr", "dac_ptr"], 2, 3),
+        (gates._update_bwd, ["daz_ptr"], 3, 5), (gates._update_bwd, ["dh_ptr", "dac_ptr"], 4, 5),
+        (gates._reset_bwd, ["dar_ptr"], 2, 3), (gates._reset_bwd, ["de_ptr"], 3, 4),
+    ]:  # fmt: skip
+        assert traffic(built_for_gpu(kernel, "fp32", SM_90, unneeded)) == (loads, total), (kernel, unneeded)
+
+
+if __name__ == "__main__":
+    assert not gates.INTERPRETED, "TRITON_INTERPRET is set"
+    {"gates": check_gates, "norms": check_norms, "passes": check_passes}[sys.argv[1]]()

@@ -1,0 +1,485 @@
+"""data.py, support/pictures.py, support/toy.py: folders of photos and masks, what is wrong with them, sizes, crops."""
+
+import zlib
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOX, FUZZ, blob, law, letter_f, run, seeds, spoiled, write_checkpoint, write_pair
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+import data
+from data import open_dataset, survey
+from evaluate import evaluate_split, load, segment
+from rurnet import RecurrentUNet
+from support.pictures import SPLITS, normalise, read_photo, resize
+from support.toy import draw_hand_photo, draw_set
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the literature gives them
+
+
+def names(root):
+    return [[name for name, *_ in open_dataset(root, split).pairs] for split in SPLITS]
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def test_lists_split_folders_and_seeded_split(folder, tmp_path):
+    assert names(folder) == [["p0", "p1", "p2", "p3"], ["p4"], ["p5"]]
+    for i, split in enumerate(SPLITS):
+        write_pair(tmp_path / "three" / split, f"n{i}")
+    assert names(tmp_path / "three") == [["n0"], ["n1"], ["n2"]]
+    for i in range(20):
+        write_pair(tmp_path / "bare", f"q{i:02}")
+    for name in "._q01.png", "Thumbs.db":  # what a Mac and Windows leave
+        (tmp_path / "bare/images" / name).write_bytes(b"no picture")
+    parts = names(tmp_path / "bare")
+    assert [len(part) for part in parts] == [14, 3, 3] and len(set(sum(parts, []))) == 20
+    assert parts == names(tmp_path / "bare") and "seed 0" in survey(tmp_path / "bare").layout
+
+
+def test_an_item_is_a_normalised_image_and_a_mask(folder):
+    photos = open_dataset(folder, "train")
+    image, mask = photos[1]
+    assert image.dtype == torch.float32 and mask.dtype == torch.int64
+    want = (np.asarray(blob()[0]) / 255 - MEAN) / STD
+    np.testing.assert_allclose(image, want.transpose(2, 0, 1), rtol=1e-5)
+    np.testing.assert_array_equal(mask, np.asarray(blob(x=9)[1]) // 255)
+    assert len(list(photos)) == len(photos) == 4
+
+
+def test_a_folder_of_no_layout_is_told_what_a_layout_is(folder):
+    with pytest.raises(ValueError, match="absent: is not a folder; `python data.py .*absent` would draw the toy set"):
+        open_dataset(folder / "absent", "train")
+    with pytest.raises(ValueError, match=r"(?s)holds p0.png, .*must be one of these.*lists  .*train.txt.*DRIVE"):
+        open_dataset(folder / "images", "train")
+    with pytest.raises(ValueError, match="split is 'training'; the splits are train, val, test"):
+        open_dataset(folder, "training")
+    for size in 8, 64.0:
+        with pytest.raises(ValueError, match=f"size is {size}; it must be a whole number of pixels from 16"):
+            open_dataset(folder, "train", size)
+
+
+# ---------------------------------------------------------------- photos and masks in every encoding
+
+
+def test_masks_in_every_honest_encoding(tmp_path):
+    white, palette = Image.fromarray(BOX * np.uint8(255)), Image.fromarray(BOX).convert("P")
+    palette.putpalette([10, 20, 30, 200, 100, 0])
+    ids = (BOX * 2 + (np.arange(40) > 30)).astype(np.uint8)  # classes 0 to 2
+    void = np.where(np.arange(40) < 3, 255, ids).astype(np.uint8)
+    for name, mask, want in [
+        ("white", white, BOX),
+        ("ones", Image.fromarray(BOX), BOX),
+        ("bits", Image.fromarray(BOX > 0), BOX),
+        ("palette", palette, BOX),
+        ("grey as RGB", white.convert("RGB"), BOX),
+        ("grey as RGBA", white.convert("RGBA"), BOX),
+        ("16 bits", Image.fromarray(BOX.astype(np.uint16)), BOX),
+        ("ids", Image.fromarray(ids), ids),
+        ("ids and void", Image.fromarray(void), void),
+    ]:
+        for i in range(3):
+            write_pair(tmp_path / name, str(i), mask)
+        dataset = open_dataset(tmp_path / name, "train")
+        assert dataset.classes == len(set(want.flat) - {255}), name
+        np.testing.assert_array_equal(dataset[0][1], want, err_msg=name)
+    chosen = open_dataset(tmp_path / "ids and void", "train", void=2)  # besides 255
+    assert chosen.classes == 2
+    np.testing.assert_array_equal(chosen[0][1], np.where(void == 2, 255, void))
+
+
+STORED = {  # EXIF's orientation: how the pixels of an upright photo are stored
+    1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270,
+}  # fmt: skip
+
+
+def save_turned(photo, path, orientation=6, **options):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "a camera"
+    stored = photo if STORED[orientation] is None else photo.transpose(STORED[orientation])
+    stored.save(path, exif=exif, **options)
+
+
+def test_photos_of_every_kind_read_alike(tmp_path):
+    photo = blob()[0].convert("L").convert("RGB")  # grey, so that every mode can hold it
+    pixels = np.asarray(photo)
+    photo.quantize(64).save(tmp_path / "palette.png", transparency=0)
+    photo.convert("L").save(tmp_path / "grey.png")
+    photo.convert("LA").save(tmp_path / "grey-alpha.png")
+    photo.convert("RGBA").save(tmp_path / "alpha.png")
+    photo.convert("CMYK").save(tmp_path / "cmyk.tif")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    for orientation in STORED:
+        save_turned(photo, tmp_path / f"turned{orientation}.png", orientation)
+    for path in tmp_path.iterdir():
+        np.testing.assert_allclose(np.asarray(read_photo(path), int), pixels, atol=1, err_msg=path.name)
+
+
+# ---------------------------------------------------------------- what may be wrong with a folder
+
+P1 = np.asarray(blob(x=9)[1]) // 255  # the mask of p1, the second photo of the folder to train on
+NOISE = np.random.default_rng(0).choice([0, 1, 2, 3, 252, 253, 254, 255], (32, 40)).astype(np.uint8)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def write(name, content):
+    return lambda f: (f / name).write_bytes(content)
+
+
+def delete(name):
+    return lambda f: (f / name).unlink()
+
+
+def rename(old, new):
+    return lambda f: (f / old).rename(f / new)
+
+
+def remask(values, name="p1.png"):
+    return lambda f: Image.fromarray(values).save(f / "masks" / name)
+
+
+def retype(ending, how=None, keep=1.0, **options):
+    """The photo p1 again in another format, changed by `how`; `keep` is a part of the file, or a number of bytes."""
+
+    def apply(f):
+        path, photo = f / f"images/p1.{ending}", Image.open(f / "images/p2.png").convert("RGB")
+        (f / "images/p1.png").unlink()
+        (how(photo) if how else photo).save(path, **options)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: round(keep * len(whole)) if keep > 0 else keep])
+
+    return apply
+
+
+def turn(ending):
+    """p1 on its side in the file, upright by its EXIF."""
+
+    def apply(f):
+        save_turned(Image.open(f / "images/p1.png"), f / f"images/p1.{ending}")
+        (f / "images/p1.png").unlink()
+
+    return apply
+
+
+def resize_pair(*size):
+    def apply(f):
+        Image.new("RGB", size).save(f / "images/p1.png")
+        Image.new("L", size).save(f / "masks/p1.png")
+
+    return apply
+
+
+def bomb(f):
+    """A small PNG whose header claims 60,000 pixels a side."""
+    png = bytearray((f / "images/p1.png").read_bytes())
+    png[16:24] = (60_000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    (f / "images/p1.png").write_bytes(png)
+
+
+def photo_is_a_folder(f):
+    (f / "images/p1.png").unlink()
+    (f / "images/p1.png").mkdir()
+
+
+def odd_name(f):
+    for kind in "images", "masks":
+        rename(f"{kind}/p1.png", f"{kind}/my hand.v2 손 é.png")(f)
+    (f / "train.txt").write_text("p0\nmy hand.v2 손 é\np2\np3\n", encoding="utf-8")
+
+
+def link(f):
+    rename("images/p1.png", "p1.png")(f)
+    (f / "images/p1.png").symlink_to(f / "p1.png")
+
+
+def transparent(f):
+    Image.merge("LA", [blob()[1]] * 2).save(f / "masks/p1.png")
+
+
+def float_mask(f):
+    (f / "masks/p1.png").unlink()
+    remask(P1.astype(np.float32), "p1.tif")(f)
+
+
+def all_masks(value, but=()):
+    return lambda f: [Image.new("L", (40, 32), value).save(path) for path in f.glob("masks/*") if path.stem not in but]
+
+
+def void_in_val(f):
+    for i in range(6):
+        remask(np.full_like(BOX, 255) if i == 4 else BOX, f"p{i}.png")(f)
+
+
+FOLDERS = {  # what is done to the folder: words of the error, or None where it reads as if nothing had happened
+    "photo: text": (write("images/p1.png", b"hello"), "images/p1.png: cannot be read as a picture"),
+    "photo: empty": (write("images/p1.png", b""), "images/p1.png: cannot be read"),
+    "photo: a folder": (photo_is_a_folder, "images/p1.png: cannot be read"),
+    "photo: a broken link": (lambda f: link(f) or delete("p1.png")(f), "images/p1.png: missing"),
+    "photo: nine tenths of a JPEG": (retype("jpg", keep=0.9), "p1.jpg: cannot be read"),
+    "photo: half a PNG": (retype("png", keep=0.5), "p1.png: cannot be read"),
+    "photo: PNG without its checksum and end": (retype("png", keep=-20), None),
+    "photo: half a TIFF": (retype("tif", keep=0.5), "p1.tif: cannot be read"),
+    "photo: half a WebP": (retype("webp", keep=0.5), "p1.webp: cannot be read"),
+    "photo: 1x400": (resize_pair(1, 400), "images/p1.png: is 1x400; it must be at least 16x16"),
+    "photo: 400x15": (resize_pair(400, 15), "images/p1.png: is 400x15; it must be at least 16x16"),
+    "photo: a bomb": (bomb, "images/p1.png: cannot be read as a picture (Image size (3600000000 pixels) exceeds"),
+    "photo: float TIFF": (retype("tif", lambda p: p.convert("F")), "p1.tif: cannot be read as a picture (floating"),
+    "photo: CMYK JPEG": (retype("jpg", lambda p: p.convert("CMYK")), None),
+    "photo: progressive JPEG": (retype("jpg", progressive=True), None),
+    "photo: two pages": (retype("tif", save_all=True, append_images=[Image.new("RGB", (9, 9))]), None),
+    "photo: animated GIF": (retype("gif", save_all=True, append_images=[Image.new("RGB", (40, 32))]), None),
+    "photo: colour profile": (retype("png", icc_profile=SRGB), None),
+    "photo: broken colour profile": (retype("png", icc_profile=b"profile"), None),
+    "photo: damaged EXIF": (retype("jpg", exif=b"Exif\0\0MM\0*\0\0\0\1"), None),
+    "photo: turned JPEG": (turn("jpg"), None),
+    "photo: turned TIFF": (turn("tif"), None),
+    "photo: turned WebP": (turn("webp"), None),
+    "mask: text": (write("masks/p1.png", b"hello"), "masks/p1.png: cannot be read as a picture"),
+    "mask: too wide": (remask(np.pad(P1, ((0, 0), (0, 10)))), "p1.png: is 50x32, its photo is 40x32; they must match"),
+    "mask: turned": (remask(P1.T * 255), "p1.png: is 32x40, its photo is 40x32"),
+    "mask: grey values": (remask(np.tile(np.arange(40, dtype="u1") * 6, (32, 1))), "holds the values [0, 6, 12"),
+    "mask: noise of JPEG": (remask(NOISE), "masks/p1.png: holds the values [0, 1, 2, 3, 252, ...]"),
+    "mask: a grey pixel": (remask(np.where(np.arange(40) == 3, np.uint8(128), P1 * 255)), "values [0, 128, 255]; a"),
+    "mask: an id with a gap": (remask(P1 * 7), "p1.png: holds the values [0, 7]"),
+    "mask: an id of 300": (remask(P1.astype(np.uint16) * 300), "p1.png: holds values from 0 to 300; they must"),
+    "mask: 0 and 1 among 0 and 255": (remask(P1), "masks/p1.png is 0 and 1; use one of the two in all masks"),
+    "mask: colours": (lambda f: blob()[0].save(f / "masks/p1.png"), "p1.png: holds colours ((20, 20, 20)"),
+    "mask: transparency": (transparent, "or transparency; a mask holds one number a pixel"),
+    "mask: floats": (float_mask, "masks/p1.tif: cannot be read as a picture (floating-point values"),
+    "masks: of one class": (all_masks(0), "every mask holds one class alone"),
+    "masks: nothing but void": (all_masks(255), "the masks of train hold nothing but void"),
+    "masks: nothing but void in val": (void_in_val, "the masks of val hold nothing but void"),
+    "folder: a mask is missing": (delete("masks/p1.png"), "masks/p1.*: missing; a photo and its mask come together"),
+    "folder: a photo is missing": (delete("images/p1.png"), "images/p1.*: missing"),
+    "folder: a link": (link, None),
+    "folder: two endings": (lambda f: blob()[0].save(f / "images/p1.jpg"), "p1.png: has the name of p1.jpg; give each"),
+    "folder: another case": (rename("masks/p1.png", "masks/P1.png"), "masks/p1.*: missing"),
+    "folder: an ending in capitals": (rename("images/p1.png", "images/p1.PNG"), None),
+    "folder: spaces, dots, not ASCII": (odd_name, None),
+    "lists: an absent name": (write("val.txt", b"p4\nq9\n"), "images/q9.* and"),
+    "lists: a name in train and val": (write("val.txt", b"p4\np0\n"), "val.txt: names p0, which train.txt has already"),
+    "lists: a name twice, once with ending": (write("val.txt", b"p4\np4.png\n"), "names p4, which val.txt has"),
+    "lists: one is missing": (delete("val.txt"), "val.txt: missing; the lists for train, val, test come together"),
+    "lists: one is empty": (write("val.txt", b"\n\n"), "has no photos for val; it needs one"),
+    "lists: no text": (write("val.txt", b"\xff\xfe\0p"), "val.txt: is not UTF-8 text"),
+    "lists: from Windows": (write("val.txt", b"\xef\xbb\xbfp4.png\r\n\r\n"), None),
+    "lists: with folders": (write("val.txt", b"images/p4.png\n"), None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_reads_right_or_says_what_is_wrong(folder, name):
+    how, words = FOLDERS[name]
+    how(folder)
+    if words is None:
+        assert [len(part) for part in names(folder)] == [4, 1, 1]
+        photos = open_dataset(folder, "train")
+        image, mask = photos[1]
+        assert (image - photos[2][0]).abs().mean() < 0.1  # all photos are alike
+        np.testing.assert_array_equal(mask, P1)
+    else:
+        with pytest.raises(ValueError) as caught:
+            open_dataset(folder, "train")
+        first, *more = str(caught.value).splitlines()
+        assert words in first and first.startswith(str(folder)) and len(more) <= 1, caught.value
+
+
+def test_a_mask_may_hold_one_class_where_others_hold_more(folder):
+    remask(BOX * 0)(folder)
+    assert not open_dataset(folder, "train")[1][1].any()
+
+
+def test_check_counts_and_lists_every_problem(folder):
+    done = run("data.py", "--check", folder)
+    assert done.returncode == 0 and "train.txt, val.txt, test.txt, 2 classes\n" in done.stdout
+    assert "train     4 photos, 40x32 to 40x32; mask values 0: 83.8%, 255: 16.2%\n" in done.stdout  # 13 * 16 of 40 * 32
+    blob()[0].save(folder / "masks/p1.png")
+    (folder / "masks/p2.png").unlink()
+    (folder / "images/p3.png").write_bytes(b"GIF8")
+    done = run("data.py", "--check", folder)
+    assert done.returncode == 1 and all(f"p{i}" in done.stdout for i in (1, 2, 3)) and "\n3 problems" in done.stdout
+    with pytest.raises(ValueError, match="\n2 more such lines: python data.py --check"):
+        open_dataset(folder, "train")
+
+
+def test_a_folder_is_surveyed_anew_and_a_survey_is_not(folder):
+    found = survey(folder)
+    for i in range(6):
+        remask(BOX, f"p{i}.png")(folder)
+    assert open_dataset(folder, "train")[1][1].unique().tolist() == [0, 1]  # 0 and 1 now, where 255 was class 1
+    (folder / "images/p0.png").write_bytes(b"hello")
+    assert len(open_dataset(found, "train")) == 4  # nothing is decoded again
+    with pytest.raises(ValueError, match="p0.png: cannot be read"):
+        open_dataset(folder, "train")
+
+
+def test_the_short_side_of_a_split_is_its_medians(tmp_path):
+    for split, sides in ("train", (20, 50, 30)), ("val", [60]), ("test", [60]):
+        for side in sides:
+            write_pair(tmp_path / split, f"p{side}", *reversed(blob(70, side)))
+    assert [survey(tmp_path).short_side(split) for split in SPLITS] == [30, 60, 60]
+    assert open_dataset(tmp_path, "train").crop == 30  # of photos at their own sizes
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@law
+@given(w=st.integers(20, 90), h=st.integers(20, 90), short=st.integers(8, 64))
+def test_size_is_the_short_side(w, h, short):
+    photo, mask = resize(blob(w, h)[0], short), resize(blob(w, h)[1], short, Image.NEAREST)
+    assert min(photo.size) == short and photo.size == mask.size
+    assert abs(max(photo.size) - max(w, h) * short / min(w, h)) <= 0.5
+    assert set(np.unique(mask)) <= {0, 255}
+
+
+def test_a_network_sees_the_same_pixels_in_training_evaluation_and_prediction(tmp_path):
+    write_checkpoint(tmp_path / "it.pt", passes=1)
+    noise = np.random.default_rng(0).integers(0, 256, (45, 67, 4), np.uint8)  # any other way of resizing shows
+    photo, mask = Image.fromarray(noise[..., :3]), Image.fromarray(noise[..., 3] // 128)
+    for name in "abc":
+        write_pair(tmp_path, name, mask)
+        save_turned(photo, tmp_path / f"images/{name}.png")
+    path, model, seen = tmp_path / "images/b.png", load(tmp_path / "it.pt"), []
+    watch = lambda module, args: seen.append(args[0].cpu()) if isinstance(module, RecurrentUNet) else None
+    with torch.nn.modules.module.register_module_forward_pre_hook(watch):
+        evaluate_split(model, open_dataset(tmp_path, "test"))
+        segment(model, read_photo(path))
+        done = run("predict.py", tmp_path / "it.pt", path, "--out", tmp_path / "out")
+    assert len(seen) == 3, done.stderr
+
+    training = open_dataset(tmp_path, "train", model.size, augment=True)
+    image, truth = open_dataset(tmp_path, "val", model.size)[0]
+    for other in *seen, model.to_input(read_photo(path)), normalise(training.resized(0)[0])[None]:
+        assert torch.equal(image[None], other)
+    small = photo.resize((24, 16), Image.BILINEAR)  # Pillow's own, of a photo 67x45: 67 * 16 / 45 = 23.8
+    want = (np.asarray(small, np.float64) / 255 - MEAN) / STD
+    np.testing.assert_allclose(image, want.transpose(2, 0, 1), atol=1e-5)  # float32
+    np.testing.assert_array_equal(truth, mask.resize((24, 16), Image.NEAREST))
+    np.testing.assert_array_equal(training.resized(0)[1], truth)
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+@law
+@given(seed=seeds, crop=st.integers(24, 96), rotate=st.sampled_from([0, 15, 180]))
+def test_augmentation_moves_photo_and_mask_together(seed, crop, rotate):
+    image, mask = data.augment(*letter_f(), crop, rotate, np.random.default_rng(seed))
+    image, mask = np.asarray(image).max(2).astype(float), np.asarray(mask)
+    assert image.shape == mask.shape == (crop, crop) and set(np.unique(mask)) <= {0, 1, 255}
+    for inside, dark in (mask == 1, False), (mask == 0, True):  # away from edges, the photo shows what the mask holds
+        core = np.zeros_like(inside)
+        core[2:-2, 2:-2] = np.lib.stride_tricks.sliding_window_view(inside, (5, 5)).all((2, 3))
+        assert ((image[core] < 60) if dark else (image[core] > 60)).all()
+
+
+def test_augmentation_flips_scales_turns_and_lights():
+    drawn = [data.augment(*letter_f(), 70, 15, np.random.default_rng(seed)) for seed in range(40)]
+    areas = [(np.asarray(mask) == 1).sum() for _, mask in drawn]
+    assert max(areas) > 2 * min(areas)
+    means = [np.asarray(image)[np.asarray(mask) == 1].mean(0) for image, mask in drawn]
+    assert np.std(means, axis=0).min() > 3  # of 255: the light changes little, see augment
+    stems = []  # the long stroke of F is left of its arms, or right of them in a flipped F; its tilt is the turn
+    for _, mask in drawn:
+        y, x = np.nonzero(np.asarray(mask) == 1)
+        stems.append((np.mean((x - x.mean()) ** 3), np.polyfit(y, x, 1)[0]))
+    assert min(s for s, _ in stems) < 0 < max(s for s, _ in stems)
+    assert len({round(tilt, 3) for _, tilt in stems}) > 30
+
+
+def test_crops_depend_on_nothing_but_seed_epoch_and_index(folder):
+    found = survey(folder)
+    photos = [open_dataset(found, "train", 24, True, seed=seed, repeat=3) for seed in (0, 0, 1)]
+    first = [photos[0][k] for k in range(12)]
+    assert all(torch.equal(a, b) for k in reversed(range(12)) for a, b in zip(first[k], photos[1][k]))
+    workers = list(torch.utils.data.DataLoader(photos[0], batch_size=None, num_workers=2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, workers)) and len(workers) == 12
+    assert not torch.equal(first[0][0], photos[2][0][0]) and not torch.equal(first[0][0], first[4][0])
+    assert torch.equal(first[0][0], photos[0][0, 0][0]) and not torch.equal(first[0][0], photos[0][1, 0][0])
+
+
+def test_a_small_training_set_is_decoded_once_and_others_each_time(folder):
+    found = survey(folder)
+    small, whole, plain = (open_dataset(found, "train", *how) for how in ((24, True), (None, True), (24, False)))
+    first, _ = (small[0], whole[0]), plain[0]
+    (folder / "images/p0.png").unlink()
+    assert torch.equal(small[0][0], first[0][0])
+    for photos in whole, plain:
+        with pytest.raises(ValueError, match="p0.png: cannot be read"):
+            photos[0]
+
+
+# ---------------------------------------------------------------- the toy set
+
+
+def test_toy_photos_are_seeded_and_show_skin():
+    for seed in 3, 4:
+        photo, mask = draw_hand_photo(np.random.default_rng([0, seed]))
+        again, same = draw_hand_photo(np.random.default_rng([0, seed]))
+        assert photo.tobytes() == again.tobytes() and mask.tobytes() == same.tobytes()
+        assert photo.size == mask.size == (160, 120) and set(np.unique(mask)) == {0, 255}
+        assert 0.05 < (np.asarray(mask) > 0).mean() < 0.45
+        skin = np.asarray(photo)[np.asarray(mask) > 0].mean(0)
+        assert skin[0] > skin[2]  # under any lamp skin is redder than blue
+
+
+def test_the_toy_folder_is_drawn_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "draw_set", partial(draw_set, count=7))
+    drawn, again = (run("data.py", tmp_path / "hands") for _ in range(2))
+    assert drawn.returncode == 0 and [len(part) for part in names(tmp_path / "hands")] == [5, 1, 1]
+    assert again.returncode == 1 and "hands: exists and is not empty" in again.stderr
+
+
+# ---------------------------------------------------------------- random damage
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp", "gif", "bmp", "ppm"])
+def test_a_spoiled_photo_is_read_or_named(folder, ending):
+    """FUZZ=5000 python -m pytest -k spoiled    runs for ten minutes and more; a few examples are enough every day."""
+    path, photo = folder / f"images/p1.{ending}", blob()[0]
+    (folder / "images/p1.png").unlink()
+    save_turned(photo, path) if ending in ("jpg", "tif", "webp") else photo.save(path)
+    read_spoiled(folder, path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ending", ["png", "gif", "tif"])
+def test_a_spoiled_mask_is_read_or_named(folder, ending):
+    rename("masks/p1.png", f"masks/p1.{ending}")(folder)
+    read_spoiled(folder, folder / f"masks/p1.{ending}")
+
+
+def test_a_spoiled_list_is_read_or_named(folder):
+    read_spoiled(folder, folder / "train.txt")
+
+
+def read_spoiled(folder, path):
+    for mask in folder.glob("masks/*"):  # all are 0 and 1, as Pillow stores the indices of a palette in a GIF
+        Image.fromarray(P1).save(mask)
+    open_dataset(folder, "train")
+    whole = path.read_bytes()
+
+    @FUZZ
+    @given(spoiled(whole))
+    def try_it(content):
+        path.write_bytes(content)
+        try:
+            dataset = open_dataset(folder, "train", 16, augment=True)
+        except ValueError as error:
+            assert str(folder) in str(error)
+        else:
+            for image, mask in dataset:
+                assert image.shape == (3, 16, 16) and image.isfinite().all()
+                assert set(mask.unique().tolist()) <= {*range(dataset.classes), 255}
+
+    try_it()

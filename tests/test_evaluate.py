@@ -1,0 +1,150 @@
+"""evaluate.py: from a checkpoint to a network, from a network to masks, from masks to scores."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOX, blob, law, seeds, write_checkpoint, write_pair
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn import functional as F
+
+from data import open_dataset
+from evaluate import (Segmenter, break_even, confusion, evaluate_split, load, print_table, scores, segment,
+                      segment_frame, start_from)  # fmt: skip
+from paper.baselines import build
+from rurnet import RecurrentUNet
+
+
+def test_a_checkpoint_describes_its_own_network(tmp_path, monkeypatch):
+    path, options = tmp_path / "it.pt", {"level": 2, "width": 4}
+    want = write_checkpoint(path, "sru", classes=3, size=20, passes=4, views=2, **options).state_dict()
+    monkeypatch.setitem(sys.modules, "train", None)  # importing it now fails
+    for model in load(path), load(path, net=build("sru", 3, **options)):
+        assert (model.classes, model.size, model.passes, model.views) == (3, 20, 4, 2) and not model.training
+        got = model.net.state_dict()  # the running mean, not the weights of the last step
+        assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_checkpoint_that_load_cannot_use_gets_one_sentence(tmp_path):
+    write_checkpoint(tmp_path / "it.pt")
+    own = torch.load(tmp_path / "it.pt") | {"network": {"name": "", "options": {}}}  # train was given its network
+    for content, words in ({"net": {}, "config": {}}, "first edition, .* train again"), (own, ".*no system ''.*"):
+        torch.save(content, tmp_path / "it.pt")
+        with pytest.raises(ValueError, match=f"it.pt: [^\n]*{words}$"):
+            load(tmp_path / "it.pt")
+
+
+@pytest.mark.parametrize("before, now", [(2, 2), (2, 3), (3, 2)])
+def test_a_run_starts_from_all_weights_but_the_head_of_other_classes(tmp_path, capsys, before, now):
+    path, both = tmp_path / "it.pt", 3 + min(before, now)  # channels of the photo and of the masks that both runs have
+    want, net = write_checkpoint(path, classes=before, width=4).state_dict(), build("dru", now, width=4)
+    fresh = {name: x.clone() for name, x in net.state_dict().items()}
+    start_from(net, path, {"name": "dru", "options": {"width": 4, "passes": 7}})
+    told = f"--start {path}: was trained for {before} classes, so the head is new\n"
+    assert capsys.readouterr().out == told * (before != now)
+    for name, x in net.state_dict().items():
+        if name == "outer.down.0.0.weight":
+            assert torch.equal(x[:, :both], want[name][:, :both]) and torch.equal(x[:, both:], fresh[name][:, both:])
+        else:
+            assert torch.equal(x, (fresh if name.startswith("head.") and before != now else want)[name]), name
+
+
+def test_another_architecture_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "it.pt", "dru", width=4)
+    for name, options in ("sru", {"width": 4}), ("dru", {"width": 8}), ("unet-g", {"width": 4}):
+        with pytest.raises(ValueError, match="--start .*it.pt: holds .*'dru'.*; this run builds "):
+            start_from(build(name, 2, **options), tmp_path / "it.pt", {"name": name, "options": options})
+
+
+def probabilities(s, photo):  # logits (1, K, h, w) are enlarged first, and then made to sum to one in each pixel
+    s = torch.exp(F.interpolate(s, (photo.height, photo.width), mode="bilinear")[0])
+    return s / s.sum(0)
+
+
+@torch.no_grad()
+def test_masks_have_the_size_of_their_photo():
+    model, photo = Segmenter(RecurrentUNet(width=4), 16, 3, 1), blob(50, 37)[0]
+    masks, (last,) = segment(model, photo), segment(model, photo, every=False)
+    for got, s in zip(masks, model.net(model.to_input(photo), 3), strict=True):
+        torch.testing.assert_close(got, probabilities(s, photo))
+    assert torch.equal(last, masks[-1]) and last.shape == (2, 37, 50)
+
+
+@torch.no_grad()
+def test_frames_carry_the_state_until_their_shape_changes():
+    model, state = Segmenter(RecurrentUNet(width=4), 16, 3, 1), None
+    frames = [blob(40, 32, x)[0] for x in (8, 12, 16)]
+    want = model.net.start(model.to_input(frames[0]))
+    for frame in frames:
+        (got, state), (s, want) = segment_frame(model, frame, state), model.net.step(model.to_input(frame), want)
+        torch.testing.assert_close(got, probabilities(s, frame))
+    again, fresh = (segment_frame(model, frame.transpose(Image.ROTATE_90), start)[0] for start in (state, None))
+    assert torch.equal(again, fresh) and again.shape == (2, 40, 32)
+
+
+def test_two_views_are_the_mean_of_photo_and_mirror():
+    net, image = RecurrentUNet(width=4), torch.randn(1, 3, 24, 31)
+    for s, m, both in zip(net(image, 2), net(image.flip(-1), 2), Segmenter(net, 16, 2, 2)(image), strict=True):
+        torch.testing.assert_close(both.softmax(1), (s.softmax(1) + m.softmax(1).flip(-1)) / 2)
+
+
+def test_a_split_is_counted_once_for_each_pass(tmp_path):
+    def look(image, passes):
+        """Pass 1 calls everything background, with probability 0.8; pass 2 calls what is bright foreground."""
+        red = image[:, :1]
+        return [torch.cat([0 * red, np.log(4) * sign], 1) for sign in (-torch.ones_like(red), red.sign())]
+
+    for i in range(6):  # 4 train; two columns are void
+        write_pair(tmp_path, f"p{i}", Image.fromarray(np.where(np.arange(40) < 2, 255, BOX).astype(np.uint8)))
+    model = Segmenter(torch.nn.Conv2d(3, 2, 1), 32, 2, 1)
+    model.net.forward = look
+    matrices, curves = evaluate_split(model, open_dataset(tmp_path, "train"))
+    box, rest, want = 4 * 13 * 16, 4 * (40 * 32 - 2 * 32 - 13 * 16), torch.zeros(2, 2, 1001, dtype=torch.long)
+    assert matrices.tolist() == [[[rest, 0], [box, 0]], [[rest, 0], [0, box]]]
+    want[0, :, 200], want[1, 0, 200], want[1, 1, 800] = torch.tensor([rest, box]), rest, box
+    assert torch.equal(curves, want)
+
+
+def test_scores_by_hand():
+    row = scores(torch.tensor([[6, 2], [1, 3]]))  # truth 0: 6 right, 2 called 1; truth 1: 1 called 0, 3 right
+    want = {"mIoU": (6 / 9 + 3 / 6) / 2, "mPrec": (6 / 7 + 3 / 5) / 2, "mRec": (6 / 8 + 3 / 4) / 2,
+            "mF1": (12 / 15 + 6 / 9) / 2, "IoU": 3 / 6, "F1": 6 / 9}  # fmt: skip
+    assert row == pytest.approx(want)
+    assert scores(torch.diag(torch.tensor([4, 4, 0]))) == dict(mIoU=1, mPrec=1, mRec=1, mF1=1)  # class 2 is nowhere
+    missed = scores(torch.tensor([[4, 0], [2, 0]]))  # class 1 is never called
+    assert missed["IoU"] == 0 and missed["mIoU"] == missed["mPrec"] == pytest.approx(4 / 6 / 2)
+
+
+@law
+@given(classes=st.integers(2, 4), seed=seeds)
+def test_scores_equal_their_definition_by_sets(classes, seed):
+    rng = np.random.default_rng(seed)
+    truth, called = rng.integers(0, classes, (2, 11, 13))
+    truth[rng.random(truth.shape) < 0.2] = 255
+    row, each = scores(confusion(torch.tensor(called), torch.tensor(truth), classes)), []
+    for k in range(classes):
+        true = {at for at in np.ndindex(truth.shape) if truth[at] == k}
+        found = {at for at in np.ndindex(truth.shape) if called[at] == k and truth[at] != 255}
+        each.append((len(true & found) / len(true | found), 2 * len(true & found) / (len(true) + len(found))))
+    assert (row["mIoU"], row["mF1"]) == pytest.approx(tuple(np.mean(each, axis=0)))
+
+
+def test_break_even_is_where_precision_meets_recall():
+    curve, rng = torch.zeros(2, 11, dtype=torch.long), np.random.default_rng(0)
+    curve[1, [9, 8, 4, 1]] = curve[0, [7, 3, 2]] = 1  # at 0.4, four are called foreground and four are; three agree
+    assert break_even(curve) == pytest.approx(3 / 4)
+    truth = rng.random(20000) < 0.1
+    bins = (1000 * (truth * 0.3 + rng.random(20000) * 0.7)).round().astype(int)
+    curve = torch.tensor(np.stack([np.bincount(bins[truth == k], minlength=1001) for k in (0, 1)]))
+    most_likely = truth[np.argsort(-bins)[: truth.sum()]]  # called as often as true: precision is recall
+    assert break_even(curve) == pytest.approx(most_likely.mean(), abs=2e-3)  # one bin holds several pixels
+
+
+def test_the_table_names_classes(capsys):
+    matrix = torch.tensor([[[4, 0, 1], [0, 3, 0], [1, 1, 2]]])
+    for names, shown in (("sky", "road", "car"), "sky 0.6667, road 0.7500, car 0.4000"), ((), "0 0.6667, 1 0.7500"):
+        print_table(matrix, torch.zeros(1, 2, 1001), "title", names)
+        assert shown in capsys.readouterr().out

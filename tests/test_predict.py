@@ -1,0 +1,230 @@
+"""From a checkpoint, which may be damaged or foreign, to masks and to ONNX."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import FUZZ, blob, letter_f, raising, run, spoiled, write_checkpoint
+from hypothesis import given
+from PIL import Image
+from torch.nn import functional as F
+
+import predict
+from evaluate import load, segment
+from rurnet import PlainUNet
+from support import checkpoints, export
+from support.pictures import normalise, read_photo
+
+pixels = lambda path: np.asarray(Image.open(path))
+
+
+def change(**new):
+    """Write the checkpoint with these entries, without those that are None."""
+    rest = lambda content: {name: value for name, value in (content | new).items() if value is not None}
+    return lambda best, out: torch.save(rest(torch.load(best, weights_only=True)), out)
+
+
+def turn_a_bit(best, out):
+    content = bytearray(best.read_bytes())
+    content[len(content) // 2] ^= 1
+    out.write_bytes(content)
+
+
+DAMAGED, WHAT = "is not a checkpoint of train.py, or is damaged", "does not hold what it describes "
+CHECKPOINTS = {  # how it is made from a good one: words of the sentence
+    "empty": (lambda best, out: out.write_bytes(b""), DAMAGED),
+    "half": (lambda best, out: out.write_bytes(best.read_bytes()[:9000]), DAMAGED),
+    "without its end": (lambda best, out: out.write_bytes(best.read_bytes()[:-100]), DAMAGED),
+    "a bit turned among the weights": (turn_a_bit, DAMAGED),
+    "a picture": (lambda best, out: blob()[0].save(out, "png"), DAMAGED),
+    "another zip": (lambda best, out: zipfile.ZipFile(out, "w").writestr("a", "b"), DAMAGED),
+    "another program's": (lambda best, out: torch.save({"weights": torch.zeros(1)}, out), "it lacks classes, ema"),
+    "a bare state dict": (lambda best, out: torch.save(PlainUNet().state_dict(), out), "it lacks classes, ema"),
+    "a list": (lambda best, out: torch.save([1, 2], out), "it lacks classes, ema"),
+    "the first edition's": (lambda best, out: torch.save({"net": {}, "config": {}}, out), "of the first edition"),
+    "without weights": (change(ema=None), "it lacks ema"),
+    "of other classes": (change(classes=5), WHAT + "(size mismatch for"),
+    "of another system": (change(network={"name": "unet-g", "options": {}}), WHAT + "(size mismatch for"),
+    "of no system": (change(network={"name": "segnet", "options": {}}), WHAT + "(there is no system 'segnet'"),
+    "of no such level": (change(network={"name": "dru", "options": {"level": -1}}), WHAT + "(level is -1"),
+    "of a level in words": (change(network={"name": "dru", "options": {"level": "4"}}), WHAT + "(level is '4'"),
+    "seen never": (change(input={"size": 16, "passes": 0, "views": 1}), WHAT + "(size 16, passes 0"),
+    "a later version's settings": (change(config={"model": "dru", "depth": 3}), WHAT),
+    "settings that no run has": (change(config={"level": -1}), WHAT),
+    "settings of the wrong kind": (change(config={"level": "four"}), WHAT),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_foreign_checkpoint_gets_one_sentence(trained, tmp_path, monkeypatch, name):
+    (make, words), photos = CHECKPOINTS[name], trained[0] / "photos"
+    make(trained[0] / "run/best.pt", tmp_path / "it.pt")
+    monkeypatch.chdir(tmp_path)
+    commands = [("train.py", "--data", photos, "--evaluate", "it.pt"), ("predict.py", "it.pt", photos / "images")]
+    for args in commands[: 1 if "settings" in name else 2]:  # predict.py reads no settings
+        done = run(*args)
+        assert done.stderr.startswith(f"{args[0]}: it.pt: ") and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_spoiled_checkpoint_is_read_or_named(trained, tmp_path):
+    path, content = tmp_path / "spoiled.pt", (trained[0] / "run/best.pt").read_bytes()
+    want = load(trained[0] / "run/best.pt").net.state_dict()
+
+    @FUZZ
+    @given(spoiled(content))
+    def try_it(content):
+        path.write_bytes(content)
+        try:
+            model = load(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+        else:  # the damage did not reach what is read
+            assert model.classes == 2 and all(torch.equal(x, want[name]) for name, x in model.net.state_dict().items())
+
+    try_it()
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    torch.save({part: Bomb() for part in checkpoints.PARTS}, tmp_path / "bomb.pt")
+    with pytest.raises(ValueError, match="bomb.pt: is not a checkpoint"):
+        load(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
+    torch.load(tmp_path / "bomb.pt", weights_only=False)
+    assert (tmp_path / "exploded").exists()  # it was live
+
+
+# ---------------------------------------------------------------- masks
+
+
+def test_masks_have_the_size_of_their_photos(trained, tmp_path):
+    at, exif = trained[0], Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    blob(61, 33)[0].save(tmp_path / "in/turned.jpg", exif=exif)
+    blob(12, 40)[0].save(tmp_path / "in/narrow.png")
+    (tmp_path / "in/broken.jpg").write_bytes(b"\xff\xd8nothing")
+    (tmp_path / "in/film.mp4").touch()
+    first = at / "photos/images/p0.png"
+    done = run("predict.py", at / "run/best.pt", tmp_path / "in", first, first, "--out", tmp_path / "out")
+    for words in "skipped 1 that are no pictures (film.mp4)", "broken.jpg: cannot be read", "narrow.png: is 12x40":
+        assert words in done.stderr
+    assert done.returncode == 1 and "2 masks" in done.stdout and "2 pictures could not be read" in done.stdout
+    assert pixels(tmp_path / "out/turned.png").shape == (61, 33)
+    assert pixels(tmp_path / "out/turned_overlay.jpg").shape == (61, 33, 3)
+    want = segment(load(at / "run/best.pt"), read_photo(first))[-1].argmax(0)
+    assert {0, 1} == set(want.unique().tolist())
+    np.testing.assert_array_equal(pixels(tmp_path / "out/p0.png"), want * 255)
+
+
+def test_masks_of_more_classes_hold_their_ids(trained, tmp_path):
+    write_checkpoint(tmp_path / "a.pt", "rec-last", classes=4, width=4)
+    done = run("predict.py", tmp_path / "a.pt", trained[0] / "photos/images", "--out", tmp_path / "out")
+    assert done.returncode == 0 and "8 masks" in done.stdout, done.stderr
+    for path in (trained[0] / "photos/images").iterdir():
+        want = segment(load(tmp_path / "a.pt"), read_photo(path))[-1].argmax(0)
+        np.testing.assert_array_equal(pixels(tmp_path / f"out/{path.name}"), want)
+        assert len(want.unique()) > 1
+
+
+def test_an_overlay_dims_the_background_and_tints_and_outlines_each_class():
+    mask = np.zeros((40, 60), int)
+    mask[10:30, 20:50] = 2
+    got = np.asarray(predict.overlay(Image.new("RGB", (60, 40), (100, 100, 100)), mask))
+    assert got[2, 2].tolist() == [60] * 3 and got[10, 30].tolist() == predict.COLOURS[1].tolist()
+    assert got[20, 30].tolist() == (75 + 0.25 * predict.COLOURS[1]).astype(int).tolist()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("not enough memory: tried to allocate 9 GB")])
+def test_a_photo_too_large_for_memory_is_named_and_passed(trained, tmp_path, monkeypatch, error):
+    command = "predict.py", trained[0] / "run/best.pt", trained[0] / "photos/images", "--out", tmp_path
+    calls = iter([segment, raising(error), *[segment] * 6])
+    monkeypatch.setattr(predict, "segment", lambda *a, **how: next(calls)(*a, **how))
+    done = run(*command)
+    assert done.returncode == 1 and "p1.png: " in done.stderr and "memory" in done.stderr and "7 masks" in done.stdout
+    monkeypatch.setattr(predict, "segment", raising(RuntimeError("Triton Error [CUDA]: invalid argument")))
+    with pytest.raises(RuntimeError, match="invalid argument"):  # not the photo's fault
+        run(*command)
+
+
+def test_frames_carry_the_state_in_order_of_number(tmp_path):
+    net, state = write_checkpoint(tmp_path / "a.pt", width=4), None
+    (tmp_path / "in").mkdir()
+    for name, side in ("f2", 70), ("f10", 70), ("f11", 45):  # the state of another size is of no use
+        letter_f()[0].resize((90, side)).save(tmp_path / f"in/{name}.png")
+    done = run("predict.py", tmp_path / "a.pt", tmp_path / "in", "--frames", "--out", tmp_path)
+    assert "3 masks" in done.stdout, done.stderr
+    for name, side in ("f2", 70), ("f10", 70), ("f11", 45):
+        image = load(tmp_path / "a.pt").to_input(read_photo(tmp_path / f"in/{name}.png"))
+        with torch.no_grad():
+            s, state = net.step(image, net.start(image) if name in ("f2", "f11") else state)
+        want = F.interpolate(s, (side, 90), mode="bilinear")[0].argmax(0)
+        np.testing.assert_array_equal(pixels(tmp_path / f"{name}.png"), want * 255)
+
+
+MISTAKES = [  # what follows `predict.py {at}/run/best.pt`, and words of the sentence
+    ("{tmp}/absent.jpg", "absent.jpg: no such file or folder"),
+    ("{tmp}", "holds no pictures (.bmp, .gif"),
+    ("{at}/photos/images {at}/photos/masks --out {tmp}", "would both become p0.png"),
+    ("{at}/photos/images --out {at}/photos/images", "p0.png: is an input and would be overwritten"),
+    ("{at}/photos/images --out {at}/run/log.csv", "log.csv"),
+    ("--export {tmp}/none/net.onnx", "net.onnx: must name a file in a folder that exists"),
+    ("--export {tmp}/net.onnx --frames", "--frames and --export"),
+    ("", "name photos or folders, or --export FILE"),
+]
+
+
+@pytest.mark.parametrize("args, words", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_changes_nothing(trained, tmp_path, args, words):
+    before = sorted(trained[0].rglob("*"))
+    done = run("predict.py", trained[0] / "run/best.pt", *args.format(at=trained[0], tmp=tmp_path).split())
+    assert done.returncode in (1, 2) and words in done.stderr and "predict.py: " in done.stderr
+    assert sorted(trained[0].rglob("*")) == before and not list(tmp_path.iterdir())
+
+
+def test_what_else_predict_refuses(trained, tmp_path, monkeypatch):
+    best, photos = trained[0] / "run/best.pt", trained[0] / "photos/images"
+    assert "absent.pt: no such file" in run("predict.py", tmp_path / "absent.pt", photos).stderr
+    write_checkpoint(tmp_path / "unet.pt", "unet-g", width=4)
+    done = run("predict.py", tmp_path / "unet.pt", photos, "--frames", "--out", tmp_path)
+    assert "carries no state; leave --frames out" in done.stderr
+    for owner, method, words in (Path, "iterdir", "tied"), (Path, "mkdir", "tied"), (Image.Image, "save", "p0.png: "):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, raising(PermissionError(13, "tied")))
+            done = run("predict.py", best, photos, "--out", tmp_path / "new")
+        assert words in done.stderr and done.returncode == 1
+
+
+@pytest.mark.parametrize("name, views", [
+    ("dru", 1), ("dru", 2), ("sru", 1), ("unet-b", 1), ("rec-simple", 1), ("rec-middle", 1), ("rec-last", 1)
+])  # fmt: skip
+def test_an_exported_network_gives_the_same_logits_at_any_size(tmp_path, name, views):
+    write_checkpoint(tmp_path / "a.pt", name, classes=3, views=views, width=2)
+    done = run("predict.py", tmp_path / "a.pt", "--export", tmp_path / "net.onnx")
+    assert done.returncode == 0 and "RGB from 0 to 1" in done.stdout, done.stderr
+    model, session = load(tmp_path / "a.pt"), onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    for b, h, w in (1, 48, 64), (2, 33, 47), (1, 17, 90):
+        photos = np.random.default_rng(h).integers(0, 256, (b, h, w, 3), np.uint8)
+        (got,) = session.run(None, {"image": photos.transpose(0, 3, 1, 2).astype(np.float32) / 255})
+        with torch.no_grad():
+            want = model(torch.stack([normalise(photo) for photo in photos]))[-1]
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-3, atol=1e-3)
+
+
+def test_an_export_that_differs_is_not_written(tmp_path, monkeypatch):
+    for name in "a", "b":
+        write_checkpoint(tmp_path / f"{name}.pt", width=2)
+    model, other, to_onnx = load(tmp_path / "a.pt"), export.FromRGB(load(tmp_path / "b.pt")), export.to_onnx
+    monkeypatch.setattr(export, "to_onnx", lambda _, *more: to_onnx(other.eval(), *more))
+    with pytest.raises(ValueError, match=r"net.onnx: not written; ONNX Runtime's logits differ from PyTorch's by \d"):
+        export.export(model, tmp_path / "net.onnx")
+    model.net.head.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="net.onnx: not written; ONNX Runtime's logits differ from PyTorch's by nan"):
+        export.export(model, tmp_path / "net.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt"]

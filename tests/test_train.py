@@ -1,0 +1,469 @@
+"""Runs of train.py: what they leave, what ends them, how they go on. Then support/processes.py, support/runtime.py."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOX, HERE, TINY, alike, process, raising, run, write_pair
+from matplotlib.figure import Figure
+from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import data
+import train
+from evaluate import evaluate_split, load, scores
+from paper import baselines
+from rurnet import PlainUNet, RecurrentUNet
+from support import processes, runtime
+from support.checkpoints import read_checkpoint, save
+from train import Config, parse
+
+
+@pytest.fixture
+def photos(trained):
+    return trained[0] / "photos"
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """24 photos make an epoch, which are three steps of 7, and no curves are drawn."""
+    times = property(lambda self: 4 if self.augment else 1, lambda *_: None)
+    monkeypatch.setattr(data.Photos, "repeat", times, raising=False)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+
+
+def tiny(photos, out, **more):
+    """The settings of TINY, by which `trained` ran."""
+    return Config(**dict(data=str(photos), out=str(out), size=16, width=4, epochs=2, batch=20) | more)
+
+
+def at_step(monkeypatch, k, change):
+    """The k-th loss of a run, counted from 1, becomes change(masks, loss)."""
+    steps, loss = count(1), train.recurrent_loss
+    new = lambda masks, *more: change(masks, loss(masks, *more)) if next(steps) == k else loss(masks, *more)
+    monkeypatch.setattr(train, "recurrent_loss", new)
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_run_leaves_what_readme_promises(trained):
+    at, printed = trained
+    assert {p.name for p in (at / "run").iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "samples.png"}
+    assert "seeded split" in printed and re.search(r"epoch +2/2  loss [\d.]+  val mIoU [\d.]+", printed)
+    rows = printed.splitlines()[-4:]
+    assert rows[0].split() == ["pass", "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1", "BEP"]
+    assert [row.split()[0] for row in rows[1:]] == ["1", "2", "3"]
+    assert re.fullmatch(r"epoch,loss,lr,.*\n1,.*\n2,.*\n", (at / "run/log.csv").read_text())
+    assert Image.open(at / "run/samples.png").width > 5 * 100  # photo, truth and three passes
+
+
+def test_evaluate_prints_the_table_again_and_takes_passes_and_views(trained, photos, tmp_path):
+    path = Path(shutil.copy(trained[0] / "run/best.pt", tmp_path))  # samples.png is drawn beside it
+    table = lambda *flags: run("train.py", "--data", photos, "--evaluate", path, *flags).stdout.splitlines()[3:]
+    rows, five, two = trained[1].splitlines()[-3:], table("--passes", 5), table("--views", 2)
+    assert table() == rows == five[:3] and len(five) == 5 and (tmp_path / "samples.png").exists()
+    model = load(path)
+    model.views = 2
+    want = [scores(matrix)["mIoU"] for matrix in evaluate_split(model, data.open_dataset(photos, "test"))[0]]
+    assert [float(row.split()[1]) for row in two] == pytest.approx(want, abs=1e-4) and two != rows
+
+
+@pytest.mark.parametrize("model, level", [("dru", 0), ("sru", 2), ("unet-b", 4), ("rec-last", 4)])
+def test_a_seed_decides_the_weights_and_a_checkpoint_describes_its_network(photos, short, tmp_path, model, level):
+    for name, seed in ("a", 1), ("b", 1), ("c", 2):
+        train.train(tiny(photos, tmp_path / name, epochs=1, batch=12, model=model, level=level, seed=seed))
+    assert alike(tmp_path / "a", tmp_path / "b") and not alike(tmp_path / "a", tmp_path / "c")
+    rebuilt, content = load(tmp_path / "a/best.pt"), torch.load(tmp_path / "a/best.pt", weights_only=True)
+    assert content["network"]["name"] == model and not rebuilt.training
+    assert all(torch.equal(x, content["ema"][name]) for name, x in rebuilt.net.state_dict().items())
+    assert (rebuilt.size, rebuilt.passes, rebuilt.views, rebuilt.classes) == (16, 3, 1, 2)
+
+
+def test_what_a_checkpoint_holds(photos, short, tmp_path, monkeypatch):
+    """Of a network of one's own, trained with --recompute for two epochs, of which the first scores better."""
+    net, weights, losses, ious = RecurrentUNet(width=2, hidden=3, level=1), [], [], iter([0.9] * 3 + [0.5] * 3)
+    loss, recomputed = train.recurrent_loss, []
+    monkeypatch.setattr(train, "recurrent_loss", lambda *a: losses.append(loss(*a)) or losses[-1])
+    monkeypatch.setattr(train, "scores", lambda matrix: {"mIoU": next(ious)})
+    monkeypatch.setattr(train, "Recomputed", lambda net: recomputed.append(net) or runtime.Recomputed(net))
+    hook = register_optimizer_step_post_hook(lambda *_: weights.append([p.detach().clone() for p in net.parameters()]))
+    c = tiny(photos, tmp_path, batch=7, recompute=1)
+    train.train(c, net, data.survey(photos))
+    hook.remove()
+    assert recomputed == [net]
+    losses = [sum(losses[:3]).item() / 3, sum(losses[3:]).item() / 3]
+    for name, steps, parts in ("best.pt", 3, set()), ("last.pt", 6, {"optimiser", "schedule"}):
+        content, mean = torch.load(tmp_path / name, weights_only=True), weights[0]
+        about = {"network", "input", "classes", "config", "photos", "log", "best", "done", "total"}
+        assert content.keys() == about | {"model", "ema"} | parts and content["config"] == asdict(c)
+        for new in weights[1:steps]:
+            mean = [0.99 * old + 0.01 * p for old, p in zip(mean, new)]
+        for part, want, within in ("model", weights[steps - 1], 0), ("ema", mean, 1e-6):
+            assert content[part].keys() == net.state_dict().keys()
+            torch.testing.assert_close([*content[part].values()], want, rtol=0, atol=within)
+        assert [row["loss"] for row in content["log"]] == pytest.approx(losses[: steps // 3])
+        assert (content["best"], content["done"], content["total"], len(content["photos"])) == (0.9, 0, 0, 7)
+    n = len(weights[0])  # tensors, each in the file of best.pt twice: as trained, and their running mean
+    assert (tmp_path / "best.pt").stat().st_size < 2 * (4 * sum(p.numel() for p in weights[0]) + 500 * n) + 20_000
+    own = load(tmp_path / "last.pt", net=RecurrentUNet(width=2, hidden=3, level=1))
+    assert all(torch.equal(x, y) for x, y in zip(own.net.state_dict().values(), content["ema"].values()))
+
+
+def test_a_pretrained_encoder_learns_at_a_fiftieth_and_is_read_once(photos, short, tmp_path, monkeypatch):
+    read = []
+    build = lambda name, classes, weights, **_: read.append(weights) or RecurrentUNet(classes, width=4)
+    monkeypatch.setattr(baselines, "build", build)
+    monkeypatch.setattr(baselines, "encoder_of", lambda net: net.outer)
+    c = tiny(photos, tmp_path, epochs=1, batch=24, weights="some.pth")
+    train.train(c)
+    groups = read_checkpoint(tmp_path / "last.pt")["optimiser"]["param_groups"]
+    whole, some = (len(list(net.parameters())) for net in (RecurrentUNet(width=4), RecurrentUNet(width=4).outer))
+    assert [(len(g["params"]), g["max_lr"]) for g in groups] == [(whole - some, 4e-3), (some, pytest.approx(8e-5))]
+    train.train(replace(c, resume=True))
+    assert read == ["some.pth", None]
+
+
+def test_start_begins_with_the_weights_of_another_run(trained, photos, short, tmp_path, monkeypatch):
+    other = trained[0] / "run/best.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "recurrent_loss", raising(KeyboardInterrupt()))
+        stopped = run("train.py", "--data", photos, "--out", tmp_path, "--start", other, "--size", 16, "--epochs", 1)
+    assert stopped.returncode == 130 and "head is new" not in stopped.stdout
+    want, content = (read_checkpoint(path) for path in (other, tmp_path / "last.pt"))
+    assert all(torch.equal(x, want["ema"][name]) for part in ("model", "ema") for name, x in content[part].items())
+    assert content["log"] == [] and content["config"]["epochs"] == 1 and content["config"]["batch"] == 8
+    done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
+    (row,), (first, _) = read_checkpoint(tmp_path / "last.pt")["log"], want["log"]
+    assert done.returncode == 0 and row["mIoU_3"] > first["mIoU_3"] + 0.1, done.stderr  # which began with nothing
+
+
+def test_flags_override_the_checkpoint_which_overrides_the_defaults(trained, photos):
+    out, best = trained[0] / "run", str(trained[0] / "run/best.pt")
+    asked = parse(["--data", "other/", "--evaluate", best, "--passes", "5"])
+    assert asked == Config(data="other/", evaluate=best, passes=5, size=16, width=4, epochs=2, batch=20)
+    assert parse(["--out", str(out), "--resume", "--workers", "3"]) == tiny(photos, out, workers=3, resume=True)
+    assert parse(["--data", "other/", "--start", best, "--lr", "0.1"]) == Config("other/", width=4, lr=0.1, start=best)
+    assert parse([]) == Config() and Config(data="a/b/").out == "runs/b"
+
+
+@pytest.fixture(scope="module")
+def wrong(trained, tmp_path_factory):
+    """fewer/: a photo is missing. three/: three classes. odd/: best.pt under the name of last.pt."""
+    at = tmp_path_factory.mktemp("wrong")
+    shutil.copytree(trained[0] / "photos", at / "fewer", ignore=shutil.ignore_patterns("p7.png"))
+    (at / "odd").mkdir()
+    shutil.copy(trained[0] / "run/best.pt", at / "odd/last.pt")
+    for i in range(4):
+        write_pair(at / "three", f"p{i}", Image.fromarray(BOX * np.uint8(2) if i else BOX + BOX.T[:32, :1]))
+    return at
+
+
+OUTSIDE = ("--level 5, --level -1, --epochs 0, --batch -1, --passes 0, --width 100000, --size 1000000, --size 8, "
+           "--crop 4, --alpha 0.0, --alpha nan, --lr inf, --rotate 400.0, --void 256, --seed -5, --workers -2")
+MISTAKES = [  # what follows `train.py --data {at}/photos --out {tmp}`, and words of the sentence
+    ("--data {tmp}/absent", "absent: is not a folder"),
+    ("--data {tmp}", "holds nothing; it must be one of these"),
+    ("--out {at}/run", "--resume goes on with it"),
+    ("--out {at}/run/log.csv", "log.csv: is a file; it must be a folder"),
+    ("--resume", "last.pt: no such file; it must be a checkpoint of train.py"),
+    ("--out {at}/run --resume --lr 0.1", "--lr 0.1: {at}/run/last.pt has 0.004"),
+    ("--out {at}/run --resume --evaluate {at}/run/best.pt", "choose one"),
+    ("--start {at}/run/best.pt --resume", "choose one"),
+    ("--start {at}/run/best.pt --level 3", "--level 3: {at}/run/best.pt has 4"),
+    ("--start {tmp}/absent.pt", "absent.pt: no such file"),
+    ("--evaluate {at}/run/best.pt --level 3", "--level 3: {at}/run/best.pt has 4"),
+    ("--evaluate {at}/run", "run: is not a checkpoint"),
+    ("--evaluate {at}/run/best.pt --data {wrong}/three", "best.pt: has 2 classes, {wrong}/three 3"),
+    ("--model unet-g --recompute 1", "works with dru, sru and dru-vgg16, not with unet-g"),
+    ("--model unet-g --level 2", "unet-g takes no level"),
+    ("--model unet-g --passes 2", "unet-g takes no passes"),
+    ("--weights {at}/run/best.pt", "dru has no pretrained encoder"),
+    ("--model dru-vgg16 --weights {tmp}/absent.pth", "absent.pth: "),
+    ("--data {wrong}/fewer --out {at}/run --resume", "{wrong}/fewer: its photos or classes have changed since"),
+    ("--out {wrong}/odd --resume", "last.pt: does not hold what it describes ('optimiser')"),
+    *((flags, f"{flags}: must be from ") for flags in OUTSIDE.split(", ")),
+]
+
+
+@pytest.mark.parametrize("flags, words", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_changes_nothing(trained, wrong, tmp_path, flags, words):
+    fill = lambda text: text.format(at=trained[0], wrong=wrong, tmp=tmp_path)
+    before = [sorted(at.rglob("*")) for at in (trained[0], wrong, tmp_path)]
+    done = run("train.py", *fill("--data {at}/photos --out {tmp} " + flags).split())  # a traceback would come through
+    assert done.returncode == 1 and done.stderr.startswith("train.py: ") and fill(words) in done.stderr
+    assert [sorted(at.rglob("*")) for at in (trained[0], wrong, tmp_path)] == before
+
+
+@pytest.mark.parametrize("method", ["iterdir", "mkdir"])
+def test_a_folder_that_may_not_be_read_or_written_is_named(photos, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(Path, method, raising(PermissionError(13, "Permission denied", "there")))
+    done = run("train.py", "--data", photos, "--out", tmp_path / "new", *TINY)
+    assert done.returncode == 1 and done.stderr == "train.py: [Errno 13] Permission denied: 'there'\n"
+
+
+# ---------------------------------------------------------------- how a run ends, and goes on
+
+
+def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(photos, short, tmp_path, monkeypatch, capsys):
+    """After a signal in step 3 or 5 of 3 + 3, or a crash between the epochs."""
+    train.train(tiny(photos, tmp_path / "whole", batch=7))
+    for way, done in (3, 3), (5, 2), ("evaluate_split", 3), ("write_log", 3):
+        c = tiny(photos, tmp_path / str(way), batch=7)
+        with monkeypatch.context() as patch, pytest.raises(BaseException) as stopped:
+            if isinstance(way, int):
+                at_step(patch, way, lambda _, loss: signal.raise_signal(signal.SIGINT) or loss)
+            else:
+                patch.setattr(train, way, raising(KeyboardInterrupt()))
+            train.train(c)
+        assert read_checkpoint(tmp_path / str(way) / "last.pt")["done"] == done
+        if isinstance(way, int):
+            where, again = re.search("after (.*), all is saved; python (.*) goes on", capsys.readouterr().err).groups()
+            assert stopped.value.code == 130 and where == f"epoch {way // 4 + 1}, step {done}"
+            assert run(*shlex.split(again)).returncode == 0
+        else:
+            train.train(replace(c, resume=True))
+        assert alike(tmp_path / str(way), tmp_path / "whole"), way
+
+
+def test_a_second_interrupt_does_not_wait():
+    before, cpu = signal.getsignal(signal.SIGINT), torch.device("cpu")
+    with processes.Interrupts() as interrupts:
+        assert not interrupts.anywhere(cpu)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.anywhere(cpu)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_killed_run_can_always_be_resumed(trained, photos, tmp_path):
+    """KILLS=25 python -m pytest -k killed    kills a run, and what resumes it, 25 times."""
+    out, rng = tmp_path / "run", np.random.default_rng(0)
+    command = [sys.executable, HERE / "train.py", "--data", photos, "--out", out, *TINY]
+    for _ in range(int(os.environ.get("KILLS", 1))):
+        resume = ["--resume"] * (out / "last.pt").exists()
+        with subprocess.Popen([*map(str, command), *resume], stdout=subprocess.DEVNULL) as killed:
+            while not (out / "last.pt").exists() and killed.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 6 if resume else 2))
+            ended = killed.poll() == 0
+            killed.kill()
+        assert all(read_checkpoint(path) for path in out.glob("*.pt"))
+        if ended:  # the next is a new run
+            assert alike(out, trained[0] / "run")
+            shutil.rmtree(out)
+    train.train(tiny(photos, out, resume=(out / "last.pt").exists()))
+    assert alike(out, trained[0] / "run")
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no groups of processes")
+def test_workers_change_nothing_and_leave_with_the_run(trained, photos, tmp_path):
+    command = [sys.executable, HERE / "train.py", "--data", photos, "--out", tmp_path, *TINY, "--workers", 2]
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen([*map(str, command)], **how) as stopped:
+        while "epoch" not in stopped.stdout.readline():  # the first is over, the second begins
+            assert stopped.poll() is None
+        os.killpg(stopped.pid, signal.SIGTERM)  # to the workers too, as `timeout` and many schedulers do
+        _, errors = stopped.communicate(timeout=100)  # ends when no process holds the pipe any more
+    assert stopped.returncode == 143 and errors.count("\n") < 8 and "stopped after epoch" in errors, errors
+    train.train(tiny(photos, tmp_path, resume=True, workers=0))
+    assert alike(tmp_path, trained[0] / "run")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda masks, loss: loss * torch.nan, "loss is nan, its gradient nan in epoch 2, step 2, since pass 3"),
+    (lambda masks, loss: (masks[1].data.fill_(torch.nan) * loss).sum(), "loss is nan, .* since pass 2"),
+    (lambda masks, loss: loss + (0 * loss).sqrt(), r"loss is \d\S*, its gradient nan in epoch 2"),
+])  # fmt: skip
+def test_a_loss_that_is_no_number_stops_the_run(photos, short, tmp_path, monkeypatch, change, words):
+    at_step(monkeypatch, 5, change)
+    with pytest.raises(ValueError, match=words + ".*; last.pt holds an earlier state. Try a smaller --lr"):
+        train.train(tiny(photos, tmp_path, batch=7))
+    content = read_checkpoint(tmp_path / "last.pt")
+    assert len(content["log"]) == 1 and all(x.isfinite().all() for x in content["model"].values())
+
+
+@pytest.mark.parametrize("error, world, status", [
+    (SystemExit(143), 1, 143),
+    (KeyboardInterrupt(), 1, 130),
+    (ValueError("a.png: is grey"), 1, "train.py: a.png: is grey"),
+    (ValueError("Caught ValueError in worker 0.\n  trace\nValueError: a.png: gone"), 1, "train.py: ValueError: a.png"),
+    (MemoryError(), 1, "train.py: out of memory; a smaller --batch, --crop or --size takes less, and so does"),
+    (torch.OutOfMemoryError("CUDA out of memory\nmore"), 1, "train.py: CUDA out of memory; a smaller --batch"),
+    (RuntimeError("[gloo] connection closed\nmore"), 2, "train.py: [gloo] connection closed; did another process end?"),
+    (RuntimeError("[gloo] connection closed"), 1, None),  # of one process, so an error of our own
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), 2, None),
+])  # fmt: skip
+def test_a_run_ends_with_one_sentence_but_for_our_own_errors(monkeypatch, error, world, status):
+    monkeypatch.setattr(processes, "rank_and_world", lambda: (0, world))
+    with pytest.raises(SystemExit if status else type(error)) as ended, processes.one_ending():
+        raise error
+    got = ended.value.code if status else None
+    assert got == status or got.startswith(status) and "\n" not in got
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, error):
+    path = tmp_path / "last.pt"
+    save(path, {"a": torch.ones(3)})
+    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"half") and raising(error)())
+    with pytest.raises(ValueError, match="last.pt: could not be written .*its previous content is intact"):
+        save(path, {"a": torch.zeros(3)})
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3)) and [*tmp_path.iterdir()] == [path]
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_processes_share_every_batch_and_count_every_photo_once(photos, trained, monkeypatch):
+    batches = lambda epoch=1, done=0: list(processes.share_of_batches(402, 20, 7, epoch, 2, done))
+    alone, shares, parts = batches(), [], []
+    assert batches(1, 3) == alone[3:] and batches(2, 5) == alone[25:]
+    shown = [[k for epoch, k in sum(alone, []) if epoch == e] for e in (1, 2)]
+    assert all(len(set(ks)) == len(ks) == 400 for ks in shown) and shown[0] != shown[1]  # whole batches of 402
+    model, split = load(trained[0] / "run/best.pt"), data.open_dataset(photos, "train")
+    whole = evaluate_split(model, split)
+    monkeypatch.setattr("evaluate.gather_from_processes", lambda part: [part])
+    for rank in range(4):
+        monkeypatch.setattr(processes, "rank_and_world", lambda rank=rank: (rank, 4))
+        monkeypatch.setattr("evaluate.rank_and_world", processes.rank_and_world)
+        shares.append(batches())
+        parts.append(evaluate_split(model, split))
+    for *quarters, batch in zip(*shares, alone, strict=True):
+        assert sorted(sum(quarters, [])) == sorted(batch) and min(map(len, quarters)) == 5
+    assert all(torch.equal(sum(part), want) for part, want in zip(zip(*parts), whole))
+    with pytest.raises(ValueError, match="--batch 3: is shared between 4 processes"):
+        processes.share(model, 3)
+
+
+def test_the_second_process_writes_nothing(photos, short, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(processes, "share", lambda net, batch: net)
+    train.train(tiny(photos, tmp_path, epochs=1, batch=7))
+    assert not any(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def torchrun(*args, **environment):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    command = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "tests/two_processes.py"
+    return process(*command, *args, **environment)
+
+
+def test_two_processes_learn_what_one_learns(photos, tmp_path, monkeypatch):
+    """With SGD, as AdamW is blind to a gradient's size. At --lr 0.02 rounding moves the tables by 0.01."""
+    flags = ["--data", photos, *TINY, "--epochs", "1", "--batch", "67", "--lr", "0.01", "--out"]
+    two = torchrun(*flags, tmp_path / "two")
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, weight_decay: torch.optim.SGD(groups))
+    one = run("train.py", *flags, tmp_path / "one")
+    assert one.returncode == two.returncode == 0, two.stderr
+    (first,), (second,) = (read_checkpoint(tmp_path / name / "last.pt")["log"] for name in ("one", "two"))
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)  # sums in another order, six steps long
+    assert second["mIoU_3"] == pytest.approx(first["mIoU_3"], abs=5e-3)
+    assert "and 1 more" in two.stdout and two.stdout.count("epoch   1/1") == 1 == two.stdout.count("pass    mIoU")
+    tables = [[float(n) for line in done.stdout.splitlines()[-3:] for n in line.split()] for done in (one, two)]
+    assert tables[0] == pytest.approx(tables[1], abs=5e-3)  # of one test photo: the second process has none
+
+
+def test_a_process_that_dies_ends_the_others(photos, tmp_path):
+    began = time.time()
+    done = torchrun("--data", photos, "--out", tmp_path, *TINY, DIES="1")
+    assert done.returncode != 0 and "rank      : 1" in done.stderr and "SIGKILL" in done.stderr
+    assert time.time() - began < 100 and read_checkpoint(tmp_path / "last.pt") and not (tmp_path / "log.csv").exists()
+
+
+# ---------------------------------------------------------------- support/runtime.py
+
+
+def test_channels_last_changes_no_mask():
+    plain, image = RecurrentUNet().eval(), torch.randn(1, 3, 37, 51)
+    with torch.no_grad():
+        want = plain(image)
+        quick = runtime.for_device(plain, torch.device("cpu"))
+        assert quick.head.weight.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(quick(image), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("unit", ["dru", "sru"])
+def test_recomputing_changes_neither_masks_nor_gradients_but_what_is_kept(unit):
+    net, image = RecurrentUNet(unit=unit).double(), torch.randn(2, 3, 33, 18, dtype=torch.float64)
+    names, outcomes, kept = [name for name, _ in net.named_parameters()], [], []
+    for form in net, runtime.Recomputed(net):
+        held = {}
+        keep = lambda x, held=held: held.setdefault(x.data_ptr(), x)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            masks = form(image, 3)
+        kept.append(sum(x.numel() for x in held.values()))
+        gradients = torch.autograd.grad(sum(s.square().mean() for s in masks), list(net.parameters()))
+        outcomes.append({"masks": masks} | dict(zip(names, gradients)))
+    torch.testing.assert_close(*outcomes)
+    assert len(masks) == 3 and kept[1] < kept[0] / 3
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What Replayed records, without a GPU: a fake graph reads and writes the same tensors at every replay."""
+    made, copy = [], lambda tree: tree_map_only(torch.Tensor, torch.clone, tree)
+
+    class FakeGraph:
+        def __init__(self, f, args):
+            self.f, self.args, self.results = f, copy(args), copy(f(*args))
+            made.append(self)
+
+        def replay(self):
+            for still, x in zip(tree_leaves(self.results), tree_leaves(self.f(*self.args))):
+                still.copy_(x)
+
+    def record(self, args):
+        graph = FakeGraph(self.f, args)
+        return graph, [x for x in tree_leaves(graph.args) if isinstance(x, torch.Tensor)], graph.results
+
+    monkeypatch.setattr(runtime.Replayed, "record", record)
+    return made
+
+
+def test_a_replayed_call_or_network_is_recorded_the_second_time(graphs):
+    """The bookkeeping alone. That a recording computes the same is a test for a GPU, below."""
+    f = lambda x, times: [x * times, x + times]
+    replayed, seen = runtime.Replayed(f, most=2), []
+    for k in range(5):
+        x = torch.full((2, 3), float(k))
+        seen.append((x, replayed(x, 2)))
+    assert len(graphs) == 1  # the first call ran eagerly, the second was recorded, the rest replayed
+    for x, got in seen:  # each result belongs to its caller: later calls have not written over it
+        assert torch.equal(got[0], x * 2) and torch.equal(got[1], x + 2)
+    for other in (torch.ones(3, 2), 2), (torch.ones(2, 3), 5), (torch.ones(2, 3).double(), 2):  # shape, number, dtype
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(replayed(*other), f(*other)))
+    assert len(graphs) == 4 and len(replayed.graphs) == 2
+    net, image = RecurrentUNet(width=2).eval(), torch.randn(1, 3, 20, 17)
+    replayed, state = runtime.ReplayedNet(net), net.start(image)
+    with torch.no_grad():
+        for _ in range(4):
+            torch.testing.assert_close(replayed(image, 2), net(image, 2))
+            torch.testing.assert_close(replayed.step(image, state), net.step(image, state))
+            state = net.step(image, state)[1]
+    assert len(graphs) == 6 and not hasattr(runtime.ReplayedNet(PlainUNet()), "step")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("half", [False, True])
+def test_a_replayed_network_is_the_network(half):
+    net = runtime.for_device(RecurrentUNet().eval(), torch.device("cuda"))
+    replayed, within = runtime.Replayed(net), 1e-2 if half else 1e-4
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half):
+        for image in torch.randn(4, 1, 3, 40, 56, device="cuda"):
+            torch.testing.assert_close(replayed(image, 3), net(image, 3), rtol=within, atol=within)
