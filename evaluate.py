@@ -43,7 +43,7 @@ class Segmenter(nn.Module):
         return [torch.stack(pair).log_softmax(2).logsumexp(0) for pair in zip(masks, mirrored)]  # ONNX has no logaddexp
 
     def to_input(self, photo):
-        """RGB picture -> (1, 3, h, w) on the network's device."""
+        """RGB picture -> (1, 3, h, w), on the network's device."""
         return normalise(resize(photo, self.size))[None].to(next(self.parameters()).device)
 
 
@@ -63,16 +63,19 @@ def load(path, device=torch.device("cpu"), net=None):
 def start_from(net, path, network):
     """Fill a new network from another run's checkpoint. The head stays new where the classes differ."""
     content, own = read_checkpoint(path), net.state_dict()
-    there, here = ({**d, "options": d["options"] | {"passes": None}} for d in (content["network"], network))
+    with one_sentence(path):
+        there, here = ({**d, "options": d["options"] | {"passes": None}} for d in (content["network"], network))
+        weights, more = content["ema"], len(net.head.weight) - content["classes"]
     if there != here:
         raise ValueError(f"--start {path}: holds {content['network']}; this run builds {network}")
     with one_sentence(path):
-        weights = content["ema"]
-        new = [name for name in own if name.startswith("head.") and own[name].shape != weights[name].shape]
-        for name in own.keys() - set(new):
-            shared = tuple(map(slice, map(min, own[name].shape, weights[name].shape)))
-            own[name][shared] = weights[name][shared]  # everything, or the channels of photo and common classes
-    if new:
+        for name in own.keys() | weights.keys():
+            if any(a - b not in (0, more) for a, b in zip(own[name].shape, weights[name].shape, strict=True)):
+                raise ValueError(f"{name} has another shape")
+            if not (more and name.startswith("head.")):
+                shared = tuple(map(slice, map(min, own[name].shape, weights[name].shape)))
+                own[name][shared] = weights[name][shared]  # everything, or the channels of photo and common classes
+    if more:
         print_once(f"--start {path}: was trained for {content['classes']} classes, so the head is new")
 
 
@@ -175,7 +178,7 @@ def draw_samples(model, photos, path, rows=4):
     titles = ["photo", "truth", *(f"pass {t}" for t in range(1, len(lines[0]) - 1))]
     colours = colormaps["gray"].with_extremes(over="tab:blue")
     for axis, picture, title in zip(axes.flat, sum(lines, []), titles * len(lines)):
-        axis.imshow(picture, colours, vmin=0, vmax=photos.classes - 1)
+        axis.imshow(np.asarray(picture), colours, vmin=0, vmax=photos.classes - 1)
         axis.set_title(title)
         axis.axis("off")
     figure.savefig(path, dpi=80)

@@ -278,9 +278,6 @@ class FusedNorm(torch.nn.GroupNorm):
         self.weight, self.bias, self.relu = norm.weight, norm.bias, relu
         self.train(norm.training)
 
-    def extra_repr(self):
-        return f"{super().extra_repr()}, relu={self.relu}"
-
     def forward(self, x):
         if _runs_triton(x):
             if x.shape[1] != self.num_channels or x.device != self.weight.device:
