@@ -28,8 +28,6 @@ from paper.baselines import build
 from support.checkpoints import read_checkpoint, save
 
 HERE = Path(__file__).parent.parent
-SHARED = HERE.parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the photographs in ../shared/data")
 law = settings(deadline=None, max_examples=25)
 FUZZ = settings(law, max_examples=int(os.environ.get("FUZZ", 25)), suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 2**31 - 1)

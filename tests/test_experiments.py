@@ -1,14 +1,13 @@
 """What experiments/ measures, trains, writes and draws."""
 
 import ast
-import csv
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import HERE, SCRIPTS, count_parameters, run, write_pair
+from conftest import HERE, SCRIPTS, count_parameters, run
 from PIL import Image
 from torch import nn
 
@@ -16,8 +15,8 @@ import gates_triton
 import train
 from data import open_dataset
 from evaluate import evaluate_split, load
-from experiments import ablations, bench, evidence, figures, kernels, tables, video
-from rurnet import RecurrentUNet, gated_reset, gated_update
+from experiments import ablations, bench, evidence, figures, tables, video
+from rurnet import RecurrentUNet
 
 SCRIPTS |= {f"experiments.{m.__name__.split('.')[1]}": m for m in (ablations, evidence, figures, tables, video)}
 
@@ -59,17 +58,6 @@ def test_bench_counts_what_the_fused_kernels_save(monkeypatch):
     small = sum(4 * 2 * (m.num_groups + m.num_channels) for m in norms)  # mean and deviation, weight and bias
     assert plain.bytes - fused.bytes == 3 * (2 * sum(map(nbytes.get, relus)) + gates + small)
     assert plain.launches - fused.launches == 3 * (len(norms) + len(relus) + 5 + 1)
-
-
-def test_the_timed_kernels_agree_and_are_listed():
-    norm, shape = lambda x, w, b: nn.functional.group_norm(x, 2, w, b).relu(), (2, 8, 9)
-    laws = ("update", gated_update, [shape] * 3), ("reset", gated_reset, [shape] * 2), ("norm", norm, [shape, 8, 8])
-    for gate, equation, shapes in laws:
-        inputs, g = [torch.randn(s, requires_grad=True) for s in shapes], torch.randn(shape)
-        want = equation(*inputs), *torch.autograd.grad(equation(*inputs), inputs, g)
-        for form in kernels.KERNELS[gate]:
-            got = form(*inputs), *torch.autograd.grad(form(*inputs), inputs, g)
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_tables_on_the_pages_are_what_results_say():
@@ -144,29 +132,6 @@ def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypa
     assert relu["steps"] == plain["steps"] == "20"  # 6 photos, 67 times, 20 a step
     (matrix,), _ = evaluate_split(load("runs/evidence/unet-g/best.pt"), open_dataset(at / "photos", "test"))
     assert plain["IoU"] == f"{matrix[1, 1] / (matrix.sum() - matrix[0, 0]):.4f}"
-
-
-def test_every_start_is_trained_from_each_seed(tmp_path, monkeypatch):
-    def fake(config, net):
-        nets.append(net)
-        Path(config.out, "log.csv").write_text("IoU_1,IoU_2,IoU_3\n0,0,0\n0.5,0.25,0.125\n")
-
-    nets = []
-    monkeypatch.setattr(train, "train", fake)
-    assert run("experiments.ablations", "start", tmp_path / "start.csv", "hands/", 0, 1).returncode == 0
-    rows = list(csv.reader((tmp_path / "start.csv").open()))
-    assert rows == [["hands", name, seed, "0.5000", "0.2500", "0.1250"] for seed in "01" for name in ablations.STARTS]
-    assert [(net.s_0, net.h_0) for net in nets] == 2 * [how[1:] for how in ablations.STARTS.values()]
-
-
-def test_a_video_is_split_within_its_sequences(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in [f"{sequence}_{frame:02d}" for sequence in "ab" for frame in range(10)]:
-        write_pair(tmp_path / "set", name)
-    root = video.prepare("my set", tmp_path / "set")
-    for split, frames in ("train", range(5)), ("val", range(5, 6)), ("test", range(6, 10)):
-        assert (root / f"{split}.txt").read_text().split() == [f"{s}_{frame:02d}" for s in "ab" for frame in frames]
-    assert len(open_dataset(root, "train")) == 10
 
 
 def test_a_watched_video_is_scored_as_photos_are(trained, monkeypatch):

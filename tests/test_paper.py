@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import BOX, SHARED, blob, count_parameters, needs_shared
+from conftest import BOX, blob, count_parameters
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
@@ -166,19 +166,6 @@ def test_a_broken_dataset_says_what_is_wrong(make, file, content, words, tmp_pat
         content.save(tmp_path / file, "PNG")
     with pytest.raises(ValueError, match=words):
         open_dataset(tmp_path, "train")
-
-
-@needs_shared
-@pytest.mark.parametrize("name, count, classes, void", [
-    ("hgr", (116, 28, 50), 2, 255), ("hands", (35, 11, 24), 2, 255), ("DRIVE", (16, 4, 20), 2, 255),
-    ("camvid", (367, 101, 233), 11, 11), ("epfl_roads", (70, 10, 20), 2, 255), ("EgoHands", (14, 2, 4), 2, 255),
-])  # fmt: skip
-def test_real_photographs_are_read(name, count, classes, void):
-    found = survey(SHARED / name, void)
-    splits = [open_dataset(found, split) for split in SPLITS]
-    assert tuple(map(len, splits)) == count and found.classes == classes
-    image, mask = splits[2][0]
-    assert image.shape[1:] == mask.shape and set(mask.unique().tolist()) <= {*range(classes), 255}
 
 
 # ---------------------------------------------------------------- baselines: every system

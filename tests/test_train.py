@@ -238,17 +238,6 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(photos, short, tmp_p
         assert alike(tmp_path / str(way), tmp_path / "whole"), way
 
 
-def test_a_second_interrupt_does_not_wait():
-    before, cpu = signal.getsignal(signal.SIGINT), torch.device("cpu")
-    with processes.Interrupts() as interrupts:
-        assert not interrupts.anywhere(cpu)
-        signal.raise_signal(signal.SIGINT)
-        assert interrupts.anywhere(cpu)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) == before
-
-
 def test_a_killed_run_can_always_be_resumed(trained, photos, tmp_path):
     """KILLS=25 python -m pytest -k killed    kills a run, and what resumes it, 25 times."""
     out, rng = tmp_path / "run", np.random.default_rng(0)
