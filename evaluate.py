@@ -89,7 +89,7 @@ def to_photo(s, photo):
 
 @torch.no_grad()
 def segment(model, photo, every=True):
-    """RGB picture of any size -> the probabilities (K, H, W) after every pass, or a list of the last alone."""
+    """RGB picture of any size -> a list of probabilities (K, H, W), one a pass; without `every` only the last."""
     image = model.to_input(photo)
     with autocast(image.device):
         masks = model(image)

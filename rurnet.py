@@ -86,7 +86,7 @@ class UNet(nn.Module):
         super().__init__()
         lowest = len(widths) - 1
         ins, outs, ends = [c_in, *widths], [c_out or widths[0], *widths[1:]], [end, *[ReLU] * lowest]
-        # A group of one channel would remove the photo's colour, so the first level has groups of four.
+        # A group of one channel would remove the photo's colour, so the first level has groups of at least four.
         groups = [max(1, min(8, widths[0] // 4)), *[8] * lowest]
         self.down = nn.ModuleList(DoubleConv(ins[i], widths[i], groups=groups[i]) for i in range(lowest))
         self.middle = DoubleConv(ins[lowest], outs[lowest], ends[lowest]) if middle is None else middle
@@ -238,7 +238,7 @@ def recurrent_loss(masks, truth, alpha, pixels=None):
     pixels    divide by this number, where processes share a batch; by default the pixels of truth that count
     """
     pixels = (truth != VOID).sum() if pixels is None else pixels
-    pixels = pixels.clamp(min=1)  # a crop may be void everywhere; its loss is then 0, not 0/0
+    pixels = torch.as_tensor(pixels).clamp(min=1)  # a crop may be void everywhere; its loss is then 0, not 0/0
     losses = [F.cross_entropy(s, truth, ignore_index=VOID, reduction="sum") / pixels for s in masks]
     return sum(alpha ** (len(masks) - t) * loss for t, loss in enumerate(losses, 1))
 

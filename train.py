@@ -55,7 +55,7 @@ class Config:
     rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up", (0, 180))
     void: int = knob(VOID, "class id that neither trains nor counts, besides 255", (0, 255))
     views: int = knob(1, "2 scores the average of every photo and its mirror image", choices=[1, 2])
-    epochs: int = knob(30, "one shows every photo once, or as often as makes 400", (1, 10**9))
+    epochs: int = knob(30, "one shows every photo once; fewer than 400 are repeated to make 400", (1, 10**9))
     batch: int = knob(8, "photos a step, over all processes", (1, 10_000))
     recompute: int = knob(0, "1 trains in 0.55 of the memory, for 1.3 times the time", choices=[0, 1])
     lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle", (1e-12, 1))
@@ -78,7 +78,7 @@ class Config:
 
 
 def parse(argv=None):
-    """The flags, over the settings of the checkpoint that they name, over the defaults."""
+    """Typed flags win, then the checkpoint's settings (of --start only the network's), then the defaults."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from data import open_dataset
-from evaluate import (Segmenter, break_even, confusion, evaluate_split, load, print_table, scores, start_from)  # fmt: skip
+from evaluate import Segmenter, break_even, confusion, evaluate_split, load, print_table, scores, start_from
 from paper.baselines import build
 from rurnet import RecurrentUNet
 
