@@ -17,7 +17,8 @@ Pass t takes the image x, the previous segmentation s and the hidden state h, wh
     L   = sum_t alpha^(N-t) CE(s_t, truth)         the loss over N passes                                 (7)
 
     in code       meaning                                           shape
-    image, s      x, normalised; s_t, logits                        (B, 3, H, W); (B, K, H, W)
+    image         x, normalised                                     (B, 3, H, W)
+    s, p          s_t, logits; softmax(s_{t-1}), fed back           (B, K, H, W)
     e, a_r        e_t; f_r(e), before its sigmoid                   (B, C_e, H/2^l, W/2^l)
     h, a_z, a_c   h_t; f_z(e), f_c(r * e), before sigmoid, tanh     (B, C_h, H/2^l, W/2^l)
 
@@ -195,8 +196,8 @@ class RecurrentUNet(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def start(self, image):
-        """The state before pass 1: mask (B, K, H, W) and h, all zero. Later masks sum to one in every pixel,
-        so the network can recognise the first pass."""
+        """The state before pass 1: probabilities p (B, K, H, W) and h, all zero. Later ones sum to one in every
+        pixel, so the network can recognise the first pass."""
         check_image(image, self)
         return tuple(self.head.weight.new_zeros(shape, device=image.device) for shape in self.state_shapes(image))
 
@@ -205,13 +206,13 @@ class RecurrentUNet(nn.Module):
         return (b, self.classes, *size), (b, self.hidden, *((n + 2**self.level - 1) // 2**self.level for n in size))
 
     def step(self, image, state):
-        """One pass, eqs. (1)-(6): image and (mask, h) -> logits (B, K, H, W) and the next (mask, h).
-        For a video, feed each frame with the state of the last."""
-        mask, h = state
-        if (mask.shape, h.shape) != (wanted := self.state_shapes(image)):
-            got = tuple(mask.shape), tuple(h.shape)
+        """One pass, eqs. (1)-(6): image and state (p, h) -> logits (B, K, H, W) and the next state.
+        For a video, feed each frame with the state of the last. To change the recurrence, override this method."""
+        p, h = state
+        if (p.shape, h.shape) != (wanted := self.state_shapes(image)):
+            got = tuple(p.shape), tuple(h.shape)
             raise ValueError(f"the state is {got}, the image needs {wanted}; call start(image) for a new size or batch")
-        e, skips = self.outer.encode(torch.cat([image, mask], dim=1))
+        e, skips = self.outer.encode(torch.cat([image, p], dim=1))
         h = self.unit(e, h)
         s = self.head(self.outer.decode(self.f_s(h), skips))
         return s, (s.softmax(1), h)  # probabilities, which stay within 0 and 1; the official code feeds back logits

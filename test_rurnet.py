@@ -7,6 +7,7 @@ Without a GPU the kernels run in Triton's interpreter. With one they run compile
 """
 
 import contextlib
+import inspect
 import itertools
 import os
 import shutil
@@ -303,11 +304,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.backends.cudnn.allow_tf32 = False  # its rounding is larger than these tolerances
 needs_triton = pytest.mark.skipif(gates_triton.triton is None, reason="triton is not installed")
 
-GATES = {  # the fused function, the gate in other operators of PyTorch, and the names of its inputs
-    "update": (fused_update, lambda h, a_z, a_c: a_c.tanh().lerp(h, a_z.sigmoid()), ["h", "a_z", "a_c"]),
-    "reset": (fused_reset, lambda e, a_r: e * a_r.sigmoid(), ["e", "a_r"]),
-}
-each_gate = pytest.mark.parametrize("gate", [pytest.param(gate, marks=needs_triton) for gate in GATES])
+GATES = {"update": (fused_update, gated_update), "reset": (fused_reset, gated_reset)}  # fused, plain
+each_gate = pytest.mark.parametrize("fused, plain", [pytest.param(*gate, id=name, marks=needs_triton)
+                                                     for name, gate in GATES.items()])  # fmt: skip
 
 # Errors are relative to 1 + |result|, because z h + (1 - z) c and h - c cancel.
 # float32: 1 - z has z's rounding error of 6e-8, however small it is, and multiplies g (h - c), up to 25 here.
@@ -350,12 +349,23 @@ def assert_all_close(names, got, want, rtol, atol, **more):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}", **more)
 
 
-def check_gate(gate, inputs, g, needed):
-    """The fused gate and its gradients against float64. `needed` says which inputs require a gradient."""
-    fused, oracle, names = GATES[gate]
+def inputs_of(plain):
+    return list(inspect.signature(plain).parameters)
+
+
+def check_gate(fused, plain, inputs=None, g=None, needed=None):
+    """The fused gate and its gradients, by name, against the plain gate in float64: `check_gate(mine, plain)`.
+
+    inputs, g    of any one shape and dtype; by default random, with a ragged last block
+    needed       which inputs require a gradient; by default all
+    """
+    names = inputs_of(plain)
+    if inputs is None:
+        g, *inputs = torch.randn(1 + len(names), 3, 683, device=DEVICE)
+    needed = needed or [True] * len(names)
     inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed)]
     exact = [x.detach().double().requires_grad_(need) for x, need in zip(inputs, needed)]
-    want = oracle(*exact)
+    want = plain(*exact)
     with watched_memory():
         got = fused(*inputs)
         if any(needed):
@@ -370,32 +380,33 @@ def check_gate(gate, inputs, g, needed):
 @settings(deadline=None, max_examples=60)
 @given(
     shape=st.tuples(*[st.integers(1, n) for n in (2, 5, 7, 33)]), dtype=st.sampled_from(list(TOLERANCE)),
-    layouts=st.tuples(*4 * [st.sampled_from(list(LAYOUTS))]), needed=st.tuples(*3 * [st.booleans()]),
+    layouts=st.tuples(*9 * [st.sampled_from(list(LAYOUTS))]), needed=st.tuples(*9 * [st.booleans()]),
     scale=st.sampled_from([1e-3, 1, 4]), seed=seeds,
 )  # fmt: skip
-def test_fused_gate_is_the_gate(gate, shape, dtype, layouts, needed, scale, seed):
+def test_fused_gate_is_the_gate(fused, plain, shape, dtype, layouts, needed, scale, seed):
     """For any shape, dtype and choice of gradients, and any mixture of layouts among inputs and gradient."""
     torch.manual_seed(seed)
-    count = len(GATES[gate][2])
-    scales = (1, *[scale] * (count - 1), 1)  # scale: of the arguments of sigmoid and tanh
-    *inputs, g = [LAYOUTS[lay]((torch.randn(shape) * s).to(DEVICE, dtype)) for s, lay in zip(scales, layouts)]
-    check_gate(gate, inputs, g, needed[:count])
+    count = len(inputs_of(plain))
+    scales = (1, 1, *[scale] * (count - 1))  # scale: of the arguments of sigmoid and tanh
+    g, *inputs = [LAYOUTS[lay]((torch.randn(shape) * s).to(DEVICE, dtype)) for s, lay in zip(scales, layouts)]
+    check_gate(fused, plain, inputs, g, needed[:count])
 
 
 @each_gate
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0, 3), (1023,), (1024,), (1025,), (3, 683)], ids=str)
-def test_fused_gate_at_the_edges_of_a_block(gate, shape):
-    g, *inputs = torch.randn(1 + len(GATES[gate][2]), *shape, device=DEVICE)
-    check_gate(gate, inputs, g, [True] * len(inputs))
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0, 3), (1023,), (1024,), (1025,)], ids=str)
+def test_fused_gate_at_the_edges_of_a_block(fused, plain, shape):
+    g, *inputs = torch.randn(1 + len(inputs_of(plain)), *shape, device=DEVICE)
+    check_gate(fused, plain, inputs, g)
 
 
 @each_gate
-def test_fused_gate_passes_gradcheck(gate):
+def test_fused_gate_passes_gradcheck(fused, plain):
     """Numerical differentiation needs float64 throughout: a single float32 inside the kernel fails it."""
-    inputs = [torch.randn(3, 5, device=DEVICE).double().requires_grad_() for _ in GATES[gate][2]]
-    assert torch.autograd.gradcheck(GATES[gate][0], inputs)
+    check_gate(fused, plain)
+    inputs = [torch.randn(3, 5, device=DEVICE).double().requires_grad_() for _ in inputs_of(plain)]
+    assert torch.autograd.gradcheck(fused, inputs)
     with pytest.raises(RuntimeError, match="differentiated once"):  # and not a second derivative of zero
-        torch.autograd.grad(GATES[gate][0](*inputs).sum(), inputs, create_graph=True)
+        torch.autograd.grad(fused(*inputs).sum(), inputs, create_graph=True)
 
 
 @needs_triton
@@ -418,27 +429,25 @@ def test_fused_tanh_is_within_two_units_in_the_last_place():
 @each_gate
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.filterwarnings("ignore:invalid value")  # in the interpreter, numpy warns of inf * 0
-def test_fused_gate_treats_inf_and_nan_as_pytorch(gate, dtype):
+def test_fused_gate_treats_inf_and_nan_as_pytorch(fused, plain, dtype):
     special = torch.tensor([-torch.inf, -1.0, 0.0, 1.0, torch.inf, torch.nan], dtype=dtype, device=DEVICE)
-    fused, _, names = GATES[gate]
-    results = []
-    for function in fused, {"update": gated_update, "reset": gated_reset}[gate]:
+    names, results = inputs_of(plain), []
+    for function in fused, plain:
         inputs = [x.requires_grad_() for x in torch.cartesian_prod(*[special] * len(names)).unbind(1)]
         out = function(*inputs)
         results.append((out, *torch.autograd.grad(out.sum(), inputs)))
     assert_all_close(["result", *names], *results, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@each_gate
 @pytest.mark.parametrize("other, message", [
     (torch.zeros(3), r"one shape, .*: torch.Size\(\[2, 3\]\), .*: torch.Size\(\[3\]\)"),
     (torch.zeros(2, 3).half(), r"one dtype, .*: torch.float32, .*: torch.float16"),
     (torch.zeros(2, 3, device="meta"), r"one device, .*: cpu, .*: meta"),
 ])  # fmt: skip
-def test_fused_gate_names_what_does_not_agree(gate, other, message):
-    fused, _, names = GATES[gate]
-    x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=f"fused_{gate} .*{message}") as error:
+def test_fused_gate_names_what_does_not_agree(fused, plain, other, message):
+    x, names = torch.zeros(2, 3), inputs_of(plain)
+    with pytest.raises(ValueError, match=f"{fused.__name__} .*{message}") as error:
         fused(*[x] * (len(names) - 1), other)
     assert all(f"{name}: " in str(error.value) for name in names)
     with pytest.raises(ValueError, match="not torch.int32"):
@@ -493,13 +502,14 @@ def test_fused_gate_copies_only_what_is_laid_out_otherwise(layouts, copies, stri
     assert counter.copies == 0
 
 
-@pytest.mark.parametrize("name, column, function, count", [
-    ("update", 1, gated_update, 3), ("update", 2, GATES["update"][1], 3), ("reset", 1, gated_reset, 2),
-    ("norm", 1, lambda x: F.group_norm(x, 2, torch.ones(8), torch.ones(8)).relu_(), 1),
+@pytest.mark.parametrize("name, column, function", [
+    *((name, 1, plain) for name, (_, plain) in GATES.items()),
+    ("update", 2, lambda h, a_z, a_c: a_c.tanh().lerp(h, a_z.sigmoid())),
+    ("norm", 1, lambda x: F.group_norm(x, 2, torch.ones(8), torch.ones(8)).relu_()),
 ])  # fmt: skip
-def test_memory_passes_of_eager_pytorch_are_those_of_the_table(name, column, function, count):
+def test_memory_passes_of_eager_pytorch_are_those_of_the_table(name, column, function):
     """Eager PyTorch sends the inputs and the output of every operator through memory."""
-    inputs = [torch.randn(100, 8, 16, 16, requires_grad=True) for _ in range(count)]
+    inputs = [torch.randn(100, 8, 16, 16, requires_grad=True) for _ in inputs_of(function)]
     with CountedOperators() as forward:
         out = function(*inputs)
     g = torch.ones_like(out)
@@ -511,24 +521,23 @@ def test_memory_passes_of_eager_pytorch_are_those_of_the_table(name, column, fun
     assert round(backward.elements / g.numel()) + again[1] == PASSES[name, "backward"][column]
 
 
-@needs_triton
-def test_fused_gates_save_their_inputs_for_backward_and_nothing_else():
-    inputs, saved = [torch.randn(n, 3, device=DEVICE).expand(2, 3).requires_grad_() for n in (1, 2, 2)], []
+@each_gate
+def test_fused_gate_saves_its_inputs_for_backward_and_nothing_else(fused, plain):
+    saved, inputs = [], [torch.randn(1 + k % 2, 3, device=DEVICE) for k in range(len(inputs_of(plain)))]
+    inputs = [x.expand(2, 3).requires_grad_() for x in inputs]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        fused_update(*inputs)
-        fused_reset(*inputs[:2])
-    assert [x.data_ptr() for x in saved] == [x.data_ptr() for x in (*inputs, *inputs[:2])]  # no copies
+        fused(*inputs)
+    assert [x.data_ptr() for x in saved] == [x.data_ptr() for x in inputs]  # no copies
 
 
 @each_gate
-def test_a_gradient_that_nobody_needs_gets_no_memory(gate, monkeypatch):
+def test_a_gradient_that_nobody_needs_gets_no_memory(fused, plain, monkeypatch):
     launched = []
     monkeypatch.setattr(gates_triton, "_launch", lambda kernel, *tensors: launched.append(tensors))
-    fused, _, names = GATES[gate]
-    for needed in itertools.product([True, False], repeat=len(names)):
+    for needed in itertools.product([True, False], repeat=len(inputs_of(plain))):
         if any(needed):
             fused(*(torch.randn(5, device=DEVICE, requires_grad=need) for need in needed)).sum().backward()
-            assert [x is not None for x in launched[-1][-len(names):]] == list(needed)
+            assert [x is not None for x in launched[-1][-len(needed):]] == list(needed)
 
 
 @pytest.mark.skipif(not gates_triton.INTERPRETED, reason="chooses the program, as a GPU does not allow")

@@ -1,13 +1,14 @@
 """Networks with one thing changed, and two choices that were measured on validation photos.
 
-    python -m experiments.ablations norm CSV DATA SIDE CROP    how many groups the group norm should have
-    python -m experiments.ablations start CSV DATA SEED ...    what to feed back, and where the first pass starts
+    python -m experiments.ablations norm CSV DATA SIDE CROP SEED ...    which groups the group norm should have
+    python -m experiments.ablations start CSV DATA SEED ...             what to feed back, and from which start
 
 experiments/evidence.py trains the ABLATIONS. These commands append to a file such as results/norm.csv, `norm` only
 what it lacks. One of its lines takes about a minute on one core.
 """
 
 import csv
+import itertools
 import sys
 from functools import partial
 from pathlib import Path
@@ -99,13 +100,11 @@ ABLATIONS |= {name: {} for name in BUILD}
 
 NORMS = {  # of a layer's name, such as unet.down.0.1, and its channels
     "8 groups": lambda name, c: nn.GroupNorm(8, c),
-    "8 groups of 2 channels or more": lambda name, c: nn.GroupNorm(min(8, c // 2), c),
-    "8 groups of 4 channels or more": lambda name, c: nn.GroupNorm(min(8, c // 4), c),
-    "8 groups, of 4 or more where the photo enters":
-        lambda name, c: nn.GroupNorm(2 if name.startswith("unet.down.0.") else 8, c),
-    "groups of 8 channels": lambda name, c: nn.GroupNorm(c // 8, c),
+    "of 4 channels where the photo enters": lambda name, c: nn.GroupNorm(2 if "down.0." in name else 8, c),
+    "and where the decoder ends": lambda name, c: nn.GroupNorm(2 if c == 8 else 8, c),
+    "of 4 channels or more everywhere": lambda name, c: nn.GroupNorm(min(8, c // 4), c),
     "batch norm": lambda name, c: nn.BatchNorm2d(c),
-}  # fmt: skip
+}
 
 
 def with_norm(net, norm):
@@ -115,15 +114,15 @@ def with_norm(net, norm):
     return net
 
 
-def compare_norms(table, data, side, crop, steps=300):
+def compare_norms(table, data, side, crop, seeds, steps=300):
     photos = open_dataset(data, "train", side, augment=True, crop=crop, rotate=15 if side == crop else 180)
     photos.repeat = -(-4 * steps // len(photos))
-    order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0)).tolist()
-    known = [row[:2] for row in csv.reader(open(table, newline=""))] if Path(table).exists() else []
-    for name, norm in NORMS.items():
-        if [Path(data).name, name] in known:
+    known = [row[:3] for row in csv.reader(open(table, newline=""))] if Path(table).exists() else []
+    for seed, (name, norm) in itertools.product(seeds, NORMS.items()):
+        if [Path(data).name, name, str(seed)] in known:
             continue
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
+        photos.seed, order = seed, torch.randperm(len(photos)).tolist()
         net = with_norm(PlainUNet(), norm)
         optimiser = torch.optim.AdamW(net.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
@@ -134,7 +133,7 @@ def compare_norms(table, data, side, crop, steps=300):
             optimiser.step()
             schedule.step()
         (matrix,), _ = evaluate_split(Segmenter(net, side, 1, 1), open_dataset(data, "val"))
-        append(table, [Path(data).name, name, f"{scores(matrix)['IoU']:.4f}"])
+        append(table, [Path(data).name, name, seed, f"{scores(matrix)['IoU']:.4f}"])
 
 
 # ---------------------------------------------------------------- start: DRU(4), 6 epochs at a short side of 60
@@ -166,8 +165,8 @@ def append(table, row):
 
 def main():
     match sys.argv[1:]:
-        case ["norm", table, data, side, crop]:
-            compare_norms(table, data, int(side), int(crop))
+        case ["norm", table, data, side, crop, *seeds] if seeds:
+            compare_norms(table, data, int(side), int(crop), map(int, seeds))
         case ["start", table, data, *seeds] if seeds:
             compare_starts(table, data, map(int, seeds))
         case _:
