@@ -17,8 +17,7 @@ import torch
 
 from data import open_dataset
 from evaluate import evaluate_split, load, scores
-from experiments.tables import NAMED, read_rows, scores_of
-from gates_triton import PASSES
+from experiments.tables import NAMED, scores_of
 from support.checkpoints import read_checkpoint
 
 matplotlib.use("Agg")
@@ -39,6 +38,79 @@ def draw_arrow(ax, start, end, color="black", bend=0.0, style="-", lw=1.0):
 
 
 MIDDLE = dict(ha="center", va="center")
+
+
+def draw_box(ax, middle, size, text, color, fill=None):
+    at = middle[0] - size[0] / 2, middle[1] - size[1] / 2
+    how = dict(boxstyle="round,pad=0.06", fc=fill or color + "22", ec=color, lw=1.3)
+    ax.add_patch(FancyBboxPatch(at, *size, **how))
+    ax.text(*middle, text, **MIDDLE)
+
+
+def draw_diagram(name, size, boxes, arrows, texts):
+    """An inch is a unit. boxes (x, y, width, text, color); arrows (color, style, corners); texts (x, y, text, color)."""
+    figure, ax = plt.subplots(figsize=size)
+    figure.subplots_adjust(0, 0, 1, 1)
+    ax.set(xlim=(0, size[0]), ylim=(0, size[1]))
+    ax.axis("off")
+    for color, style, corners in arrows:
+        ax.plot(*zip(*corners[:-1]), color=color, linestyle=style, lw=1.2)
+        draw_arrow(ax, *corners[-2:], color, style=style, lw=1.2)
+    for x, y, width, text, color in boxes:
+        draw_box(ax, (x, y), (width, 0.34), text, color)
+    for x, y, text, color in texts:
+        ax.text(x, y, text, **MIDDLE, color=color)
+    keep_figure(figure, name)
+
+
+def draw_unit():
+    """The data flow inside DRU: h enters the update and nothing else."""
+    e, z, r, out = (0.35, 1.7), 2.7, 0.7, (7.15, 1.7)
+    boxes = [
+        (e[0], e[1], 0.3, "$e_t$", BLUE), (1.75, z, 0.4, "$f_z$", BLUE), (2.85, z, 0.8, "sigmoid", GREY),
+        (1.75, r, 0.4, "$f_r$", BLUE), (2.85, r, 0.8, "sigmoid", GREY), (4.1, r, 0.3, r"$\odot$", GREEN),
+        (5.0, r, 0.4, "$f_c$", BLUE), (5.85, r, 0.55, "tanh", GREY),
+        (*out, 1.7, r"$z \odot h_{t-1} + (1-z) \odot c$", GREEN), (9.3, out[1], 0.4, "$f_s$", BLUE),
+    ]  # fmt: skip
+    arrows = [
+        ("black", "-", [(0.55, 1.7), (1.1, 1.7), (1.1, z), (1.5, z)]), ("black", "-", [(2.0, z), (2.4, z)]),
+        ("black", "-", [(1.1, 1.7), (1.1, r), (1.5, r)]), ("black", "-", [(2.0, r), (2.4, r)]),
+        ("black", "-", [(1.1, 1.7), (4.1, 1.7), (4.1, r + 0.23)]), ("black", "-", [(3.3, r), (3.9, r)]),
+        ("black", "-", [(4.3, r), (4.75, r)]), ("black", "-", [(5.25, r), (5.52, r)]),
+        ("black", "-", [(3.3, z), (6.6, z), (6.6, 1.95)]), ("black", "-", [(6.18, r), (6.6, r), (6.6, 1.45)]),
+        (GREEN, "--", [(7.7, z + 0.1), (7.7, 1.95)]), ("black", "-", [(8.05, 1.7), (9.05, 1.7)]),
+        (GREEN, "--", [(8.55, 1.7), (8.55, r - 0.1)]), ("black", "-", [(9.55, 1.7), (9.95, 1.7)]),
+    ]  # fmt: skip
+    texts = [
+        (5.0, z + 0.13, "$z$, eq. (2)", "black"), (3.6, r + 0.13, "$r$", "black"), (3.6, r - 0.17, "eq. (3)", "black"),
+        (7.05, r + 0.25, "$c$, eq. (4)", "black"), (7.15, 1.28, "eq. (5)", "black"), (8.32, 1.83, "$h_t$", "black"),
+        (7.7, z + 0.25, "$h_{t-1}$, from the pass before", GREEN), (8.55, r - 0.25, "$h_t$, to the next pass", GREEN),
+        (0.35, 1.28, "encoder", "black"), (10.35, 1.7, "decoder", "black"),
+    ]  # fmt: skip
+    draw_diagram("unit", (10.8, 3.2), boxes, arrows, texts)
+
+
+def draw_unrolled():
+    """Three passes over one photo, and the way back of the last loss's gradient."""
+    boxes, arrows, texts = [], [], [(5.0, 0.18, "image $x$, the same for every pass", "black")]
+    for t, x in enumerate((1.5, 5.0, 8.5), 1):
+        rows = ("encoder", BLUE), ("unit", GREEN), ("decoder, head", BLUE)
+        boxes += [(x, 1.0 + 0.9 * k, 1.2, text, color) for k, (text, color) in enumerate(rows)]
+        boxes.append((x, 3.75, 1.2, rf"$\alpha^{3 - t}\,$ CE$(s_{t}, y)$", GREY))
+        arrows += [("black", "-", [(x, y), (x, y + h)]) for y, h in ((0.35, 0.4), (1.25, 0.4), (2.15, 0.4), (3.05, 0.45))]
+        texts.append((x - 0.15, 3.27, f"$s_{t}$", "black"))
+        back = (3.5, 3.07), (2.55, 2.17), (1.65, 1.27)
+        arrows += [(GREY, ":", [(x + 0.3, high), (x + 0.3, low)]) for high, low in back if t == 3 or high < 3]
+        if t < 3:
+            way = [(x, 3.27), (x + 1.55, 3.27), (x + 1.55, 1.06), (x + 2.82, 1.06)]
+            arrows += [(RED, "--", way), (GREEN, "--", [(x + 0.68, 1.96), (x + 2.82, 1.96)])]
+            arrows.append((GREY, ":", [(x + 2.82, 1.84), (x + 0.68, 1.84)]))
+            way = [(x + 2.82, 0.94), (x + 1.67, 0.94), (x + 1.67, 3.2), (x + 0.3, 3.2), (x + 0.3, 3.07)]
+            arrows.append((GREY, ":", way))
+            texts += [(x + 1.1, 3.42, f"$p$ = softmax$(s_{t})$", RED), (x + 2.2, 2.12, f"$h_{t}$", GREEN)]
+    texts.append((0.4, 1.0, "$p = 0$", RED)), texts.append((0.4, 1.9, "$h_0 = 0$", GREEN))
+    arrows += [(RED, "--", [(0.62, 1.0), (0.82, 1.0)]), (GREEN, "--", [(0.7, 1.9), (0.82, 1.9)])]
+    draw_diagram("unrolled", (9.6, 4.05), boxes, arrows, texts)
 
 
 def draw_small_u(ax, x, y, levels, step, box):
@@ -63,22 +135,23 @@ def draw_architecture():
             if i:
                 draw_arrow(ax, ((i - 1) * step + 0.3, y + 1 - box[1]), (i * step + 0.2, y))
                 draw_arrow(ax, (right - i * step + 0.4, y), (right - (i - 1) * step + 0.3, y + 1 - box[1]))
-        # the recurrent unit: each f inside is a small U of the widths that it replaces
+        # the recurrent unit: each f inside is a small U of the widths that it replaces; h enters the update alone
         tail = widths[level:]
         mini, small = (0.16, 0.36), (0.2 if level < 4 else 0.34, 0.24)
         reach = 2 * (len(tail) - 1) * mini[0] + small[0]
-        height = (len(tail) - 1) * mini[1] + small[1] + 0.75
-        wide = 3 * reach + 4 * 0.3
+        height = (len(tail) - 1) * mini[1] + small[1] + 1.25
+        wide = max(3 * reach + 4 * 0.3, 2.2)
         x0, y0 = 3.91 - wide / 2, -max(level, 1) + (0.9 if level == 0 else 0.15)
-        how = dict(boxstyle="round,pad=0.08", fc="#e4f3ec", ec=GREEN, lw=1.4)
-        ax.add_patch(FancyBboxPatch((x0, y0 - height), wide, height, **how))
+        draw_box(ax, (3.91, y0 - height / 2), (wide, height), "", GREEN)
         for k, name in enumerate(("$f_z$", "$f_r$", "$f_c$")):
-            left = x0 + 0.3 + k * (reach + 0.3)
+            left = x0 + (wide - 3 * reach) / 4 * (k + 1) + k * reach
             draw_small_u(ax, left, y0 - 0.45, len(tail), mini, small)
             ax.text(left + reach / 2, y0 - 0.2, name, **MIDDLE)
-        ax.text(3.91, y0 - height - 0.3, "recurrent unit, state $h_t$", **MIDDLE, color=GREEN)
-        beside = x0 + wide + 0.1
-        draw_arrow(ax, (beside, y0 - 0.75 * height), (beside, y0 - 0.25 * height), GREEN, bend=1.6, style="--", lw=1.4)
+        low = y0 - height + 0.28
+        draw_box(ax, (3.91, low), (1.5, 0.36), "update", GREEN, "white")
+        ax.plot((4.72, 5.6, 5.6), (low - 0.12, low - 0.12, low + 0.12), color=GREEN, linestyle="--", lw=1.4)
+        draw_arrow(ax, (5.6, low + 0.12), (4.72, low + 0.12), GREEN, style="--", lw=1.4)
+        ax.text(5.8, low, "$h$", **MIDDLE, color=GREEN)
         if level:
             y = 1 - level - box[1]
             draw_arrow(ax, ((level - 1) * step + 0.3, y), (x0, y0 - 0.3))
@@ -88,52 +161,11 @@ def draw_architecture():
             ends = (x0 + 0.4, y0 + 0.08), (x0 + wide - 0.4, y0 + 0.08)
         draw_arrow(ax, (0.3, 0.75), ends[0])
         draw_arrow(ax, ends[1], (right + 0.3, 0.75))
-        ax.text(0.0, 1.0, "image, $s_{t-1}$", **MIDDLE)
-        ax.text(right + 0.4, 1.0, "$s_t$", **MIDDLE, color=RED)
+        ax.text(0.3, 1.0, "image, $p$", **MIDDLE)
+        ax.text(right + 0.3, 1.0, "$s_t$", **MIDDLE)
         draw_arrow(ax, (right + 0.25, 1.25), (0.6, 1.25), RED, bend=0.12, style="--", lw=1.4)
+        ax.text(3.91, 1.85, "softmax", **MIDDLE, color=RED)
     keep_figure(figure, "architecture")
-
-
-def draw_alpha():
-    figure, axes = plt.subplots(1, 3, figsize=(7.5, 2.2), sharey=True, layout="constrained")
-    for ax, value in zip(axes, (1, 0.7, 0.4)):
-        weights = [value ** (3 - t) for t in (1, 2, 3)]
-        ax.bar((1, 2, 3), weights, color=BLUE)
-        for t, weight in enumerate(weights, 1):
-            ax.text(t, weight + 0.02, f"{weight:.2f}", ha="center")
-        ax.set(title=rf"$\alpha$ = {value}", xticks=(1, 2, 3), xlabel="pass t", ylim=(0, 1.2))
-    axes[0].set_ylabel(r"weight $\alpha^{N-t}$")
-    keep_figure(figure, "alpha")
-
-
-def draw_traffic():
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.6), sharex=True, layout="constrained")
-    for ax, gate in zip(axes, ("update", "reset", "norm")):
-        for y, way in enumerate(("forward", "backward")):
-            fused, eager, _ = PASSES[gate, way]
-            for dy, count, color, name in ((0.2, eager, GREY, "eager"), (-0.2, fused, GREEN, "fused")):
-                ax.barh(1 - y + dy, count, 0.36, color=color, label=name if not y else None)
-                ax.text(count + 0.3, 1 - y + dy, count, va="center")
-        title = "norm and ReLU" if gate == "norm" else gate
-        ax.set(title=title, yticks=(1, 0), yticklabels=("forward", "backward"), xlabel="memory passes", xlim=(0, 26))
-    axes[1].legend(loc="lower right", frameon=False)
-    keep_figure(figure, "traffic")
-
-
-def draw_growth():
-    """What `bench --grow` measured."""
-    rows = read_rows("growth.csv")
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 2.8), sharey=True, layout="constrained")
-    for ax, axis in zip(axes, ("passes", "side", "batch")):
-        x, ms, mb = ([float(row[name]) for row in rows if row["axis"] == axis] for name in ("value", "ms", "MB"))
-        ax.plot(x, ms, "o-", color=BLUE, label="milliseconds")
-        ax.plot(x, mb, "s-", color=RED, label="MB")
-        label = {"side": "side of the image", "batch": "images at once"}.get(axis, axis)
-        ax.set(xscale="log", yscale="log", xlabel=label)
-        ax.set_xticks(x, [f"{v:.0f}" for v in x])
-        ax.minorticks_off()
-    axes[0].legend(frameon=False)
-    keep_figure(figure, "growth")
 
 
 SHOWN = {"U-Net-B": GREY, "U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE,
@@ -153,6 +185,19 @@ def draw_evidence():
         ax.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
     keep_figure(figure, "evidence")
+
+
+def draw_looking():
+    """DRU(4) after each pass beside DRU(4) trained for one, every seed a line."""
+    figure, axes = plt.subplots(1, len(NAMED), figsize=(11, 2.6), layout="constrained")
+    for ax, (data, name) in zip(axes, NAMED.items()):
+        for seed in zip(*(scores_of(data, "DRU(4)", t) for t in (1, 2, 3))):
+            ax.plot((1, 2, 3), seed, "o-", color=GREEN, lw=1)
+        once = scores_of(data, "N = 1", 1)
+        ax.plot([0] * len(once), once, "o", color=GREY)
+        ax.set(title=name, xticks=range(4), xticklabels=["trained\nfor one", "pass 1", "pass 2", "pass 3"])
+        ax.grid(axis="y", alpha=0.3)
+    keep_figure(figure, "looking")
 
 
 # ---------------------------------------------------------------- what a trained network does
@@ -175,11 +220,11 @@ def show_picture(ax, picture, title="", **how):
 
 @torch.no_grad()
 def look_inside(net, image, passes=3):
-    """Every pass over one image (1, 3, H, W): the foreground's probability p, and z, r, h, each (C, h, w)."""
+    """Every pass over one image (1, 3, H, W): the foreground's probability p, and z, c, h, each (C, h, w)."""
     seen = []
     hooks = [
         net.unit.net_z.register_forward_hook(lambda m, i, a: seen[-1].update(z=a.sigmoid()[0])),
-        net.unit.net_r.register_forward_hook(lambda m, i, a: seen[-1].update(r=a.sigmoid()[0])),
+        net.unit.net_c.register_forward_hook(lambda m, i, a: seen[-1].update(c=a.tanh()[0])),
     ]
     state = net.start(image)
     for _ in range(passes):
@@ -212,13 +257,15 @@ def draw_passes():
 
 def draw_gates():
     ((photo, _, seen),) = most_changed(*load_example(), 1)
-    figure, axes = plt.subplots(3, 5, figsize=(9.5, 4.8), layout="constrained")
-    varied = {name: seen[-1][name].std((1, 2), correction=0).argmax() for name in "zrh"}  # the channel that varies most
+    figure, axes = plt.subplots(3, 5, figsize=(9.8, 4.8), layout="constrained")
+    k = seen[-1]["z"].std((1, 2), correction=0).argmax().item()  # the channel whose gate varies most
     for t, (line, at) in enumerate(zip(axes, seen), 1):
         show_picture(line[0], photo, f"pass {t}: photo")
-        for ax, name, cmap, low in zip(line[1:], "zrh", ("viridis", "viridis", "coolwarm"), (0, 0, -1)):
-            show_picture(ax, at[name][varied[name]], f"{name}, channel {varied[name]}", cmap=cmap, vmin=low, vmax=1)
+        for ax, name, cmap, low in zip(line[1:], "zch", ("viridis", "coolwarm", "coolwarm"), (0, -1, -1)):
+            show_picture(ax, at[name][k], f"{name}, channel {k}", cmap=cmap, vmin=low, vmax=1)
         show_picture(line[4], at["p"], "probability of hand", cmap="magma", vmin=0, vmax=1)
+    for column in 1, 3, 4:  # candidate and state share the bar of column 3
+        figure.colorbar(axes[0, column].images[0], ax=axes[:, column], shrink=0.6)
     keep_figure(figure, "gates")
 
 
@@ -229,7 +276,7 @@ def draw_more_passes():
     values = [scores(matrix)["IoU"] for matrix in evaluate_split(model, photos)[0]]
     ax.axvspan(0.7, 3.5, color=GREEN, alpha=0.1, lw=0)
     ax.plot(range(1, 7), values, "o-", color=BLUE)
-    ax.set(xlabel="passes at test time", ylabel="IoU of the hands", xlim=(0.7, 6.3))
+    ax.set(xlabel="passes at test time", ylabel="IoU of the hands", xlim=(0.7, 6.3), ylim=(0.8, 1))
     ax.set_title("shaded: the passes it was trained with")
     keep_figure(figure, "more_passes")
 
@@ -249,8 +296,8 @@ def draw_curves():
     keep_figure(figure, "curves")
 
 
-DRAWINGS = {"architecture": draw_architecture, "alpha": draw_alpha, "traffic": draw_traffic, "growth": draw_growth,
-            "evidence": draw_evidence}  # fmt: skip
+DRAWINGS = {"architecture": draw_architecture, "unit": draw_unit, "unrolled": draw_unrolled,
+            "evidence": draw_evidence, "looking": draw_looking}  # fmt: skip
 TRAINED = {"passes": draw_passes, "gates": draw_gates, "more_passes": draw_more_passes, "curves": draw_curves}
 FIGURES = DRAWINGS | TRAINED
 
