@@ -1,10 +1,8 @@
-"""Networks with one thing changed, and two choices that were measured on validation photos.
+"""Networks with one thing changed, which experiments/evidence.py trains, and a choice measured on validation photos.
 
     python -m experiments.ablations norm CSV DATA SIDE CROP SEED ...    which groups the group norm should have
-    python -m experiments.ablations start CSV DATA SEED ...             what to feed back, and from which start
 
-experiments/evidence.py trains the ABLATIONS. These commands append to a file such as results/norm.csv, `norm` only
-what it lacks. One of its lines takes about a minute on one core.
+It appends what CSV lacks, such as results/norm.csv. A line takes about a minute on one core.
 """
 
 import csv
@@ -12,31 +10,23 @@ import itertools
 import sys
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-import train
 from data import open_dataset
 from evaluate import Segmenter, evaluate_split, scores
 from rurnet import DRU, DoubleConv, PlainUNet, RecurrentUNet, recurrent_loss
 
 # ---------------------------------------------------------------- DRU(4) with one thing changed
 
-SOFTMAX, LOGITS = (lambda s: s.softmax(1)), (lambda s: s)
 
+class FedBack(RecurrentUNet):
+    """DRU(4) that feeds back another function of its logits."""
 
-class Variant(RecurrentUNet):
-    """DRU(4) that feeds back another function of its logits, or starts from another mask and state."""
-
-    def __init__(self, classes=2, feed=SOFTMAX, s_0=0.0, h_0=0.0):
+    def __init__(self, classes, feed):
         super().__init__(classes)
-        self.feed, self.s_0, self.h_0 = feed, s_0, h_0
-
-    def start(self, image):
-        mask, h = super().start(image)
-        return mask + self.s_0, h + self.h_0
+        self.feed = feed
 
     def step(self, image, state):
         s, (_, h) = super().step(image, state)
@@ -89,8 +79,8 @@ ABLATIONS = {  # name: what changes in the Config
 }
 BUILD = {  # name: its network, which a Config cannot describe, from the number of classes
     "gates end in ReLU": relu_gates,
-    "logits fed back": partial(Variant, feed=LOGITS),
-    "nothing fed back": partial(Variant, feed=torch.zeros_like),
+    "logits fed back": partial(FedBack, feed=lambda s: s),
+    "nothing fed back": partial(FedBack, feed=torch.zeros_like),
     "no norm in the decoder": bare_decoder,
     "candidate of e and r * h": masked_state,
 }
@@ -133,42 +123,14 @@ def compare_norms(table, data, side, crop, seeds, steps=300):
             optimiser.step()
             schedule.step()
         (matrix,), _ = evaluate_split(Segmenter(net, side, 1, 1), open_dataset(data, "val"))
-        append(table, [Path(data).name, name, seed, f"{scores(matrix)['IoU']:.4f}"])
-
-
-# ---------------------------------------------------------------- start: DRU(4), 6 epochs at a short side of 60
-
-STARTS = {  # what is fed back, what stands for it before the first pass, h_0
-    "softmax, s_0 uniform, h_0 zero": (SOFTMAX, 0.5, 0.0),
-    "softmax, s_0 uniform, h_0 one": (SOFTMAX, 0.5, 1.0),
-    "softmax, s_0 zero, h_0 zero": (SOFTMAX, 0.0, 0.0),
-    "softmax, s_0 zero, h_0 one": (SOFTMAX, 0.0, 1.0),
-    "logits, s_0 zero, h_0 zero": (LOGITS, 0.0, 0.0),
-    "logits, s_0 one, h_0 one": (LOGITS, 1.0, 1.0),  # as in the official code
-}
-
-
-def compare_starts(table, data, seeds):
-    for seed in seeds:
-        for name, how in STARTS.items():
-            torch.manual_seed(seed)
-            with TemporaryDirectory() as out:
-                train.train(train.Config(data=data, out=out, size=60, epochs=6, seed=seed), Variant(2, *how))
-                last = list(csv.DictReader(open(f"{out}/log.csv")))[-1]
-            append(table, [Path(data).name, name, seed, *(f"{float(last[f'IoU_{t}']):.4f}" for t in (1, 2, 3))])
-
-
-def append(table, row):
-    with open(table, "a", newline="") as file:
-        csv.writer(file).writerow(row)
+        with open(table, "a", newline="") as file:
+            csv.writer(file).writerow([Path(data).name, name, seed, f"{scores(matrix)['IoU']:.4f}"])
 
 
 def main():
     match sys.argv[1:]:
         case ["norm", table, data, side, crop, *seeds] if seeds:
             compare_norms(table, data, int(side), int(crop), map(int, seeds))
-        case ["start", table, data, *seeds] if seeds:
-            compare_starts(table, data, map(int, seeds))
         case _:
             sys.exit(__doc__)
 

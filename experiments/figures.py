@@ -7,7 +7,6 @@ The DRAWINGS come out byte for byte alike under one version of matplotlib. The o
 need hands/ and runs/hands/, which the first command of README.md makes, and are as alike as two trainings are.
 """
 
-import csv
 import sys
 from pathlib import Path
 
@@ -281,24 +280,9 @@ def draw_more_passes():
     keep_figure(figure, "more_passes")
 
 
-def draw_curves():
-    load_example()
-    with open(RUN / "log.csv") as file:
-        log = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    epochs = [row["epoch"] for row in log]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    left.plot(epochs, [row["loss"] for row in log], color=BLUE)
-    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    for t, color in zip((1, 2, 3), (GREY, BLUE, GREEN)):
-        right.plot(epochs, [row[f"IoU_{t}"] for row in log], color=color, label=f"pass {t}")
-    right.set(xlabel="epoch", ylabel="validation IoU")
-    right.legend(frameon=False)
-    keep_figure(figure, "curves")
-
-
 DRAWINGS = {"architecture": draw_architecture, "unit": draw_unit, "unrolled": draw_unrolled,
             "evidence": draw_evidence, "looking": draw_looking}  # fmt: skip
-TRAINED = {"passes": draw_passes, "gates": draw_gates, "more_passes": draw_more_passes, "curves": draw_curves}
+TRAINED = {"passes": draw_passes, "gates": draw_gates, "more_passes": draw_more_passes}
 FIGURES = DRAWINGS | TRAINED
 
 

@@ -146,9 +146,11 @@ def changes_table():
 def norm_table():
     sets = {"hands": "toy set: `hands/ 84 84`", "hgr": "HGR: `hgr/ 84 84`", "DRIVE": "DRIVE: `DRIVE/ 565 112`",
             "roads": "roads: `roads/ 400 112`"}  # fmt: skip
-    found = {(data, norm): mean_of([float(iou)]) for data, norm, iou in csv.reader(read_result("norm.csv"))}
+    found = {}
+    for data, norm, _, iou in csv.reader(read_result("norm.csv")):
+        found.setdefault((data, norm), []).append(float(iou))
     norms = dict.fromkeys(norm for _, norm in found)
-    lines = [[title, *(found.get((data, norm), "awaited") for norm in norms)] for data, title in sets.items() if norms]
+    lines = [[title, *(spread(found.get((data, norm), [])) for norm in norms)] for data, title in sets.items() if norms]
     return markdown(["", *norms], lines)
 
 

@@ -10,6 +10,7 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import jupytext
 import pytest
 from conftest import HERE, run
 
@@ -23,12 +24,12 @@ RUN_ALL = """
 import contextlib, io, json, subprocess, sys
 sys.path.insert(0, "")
 names, printed = {"__name__": "tutorial"}, []
-for line, kind, code in json.load(sys.stdin):
+for k, code in enumerate(json.load(sys.stdin)):
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        if kind == "python":
-            exec(compile("\\n" * line + code, "tutorial.md", "exec"), names)  # a traceback shows the page's own lines
+        if code.startswith("%%bash"):
+            print(subprocess.run(["bash", "-ec", code[6:]], check=True, stdout=subprocess.PIPE, text=True).stdout)
         else:
-            print(subprocess.run(["bash", "-ec", code], check=True, stdout=subprocess.PIPE, text=True).stdout)
+            exec(compile(code, f"code cell {k} of tutorial.md", "exec"), names)
     printed.append(out.getvalue())
 json.dump(printed, sys.stdout)
 """
@@ -42,27 +43,27 @@ def agrees(shown, printed):
     return same and all(abs(a - b) <= 0.05 for a, b in pairs)
 
 
-def test_tutorial_runs_and_prints_what_it_shows(tmp_path):
+def test_tutorial_runs_as_a_notebook_and_prints_what_it_shows(tmp_path):
+    """jupytext makes the notebook, as README says. What a cell prints stands in the block of text below it."""
     for file in CODE:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(HERE / file, tmp_path / file)
-    text, steps, shown = TEXT["tutorial.md"], [], []
-    for block in BLOCK.finditer(text):
-        if block[1] in ("python", "bash"):
-            steps.append((text.count("\n", 0, block.start(2)), block[1], block[2]))
-            shown.append("")
-        elif block[1] in ("text", "console"):
-            shown[-1] = block[2]
+    cells, steps, shown = jupytext.reads(TEXT["tutorial.md"], "md").cells, [], []
+    for cell, below in zip(cells, [*cells[1:], cells[0]]):
+        if cell.cell_type == "code":
+            steps.append(cell.source)
+            shown.append((re.match(r"```(?:text|console)\n(.*?)^```$", below.source, re.M | re.S) or [""] * 2)[1])
+    assert len(steps) == len(re.findall("^```(?:python|bash)$", TEXT["tutorial.md"], re.M)) > 15
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     how = dict(input=json.dumps(steps), capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PATH": path})
     done = subprocess.run([sys.executable, "-c", RUN_ALL], **how)
-    assert done.returncode == 0 and len(steps) > 10, done.stderr
-    for (line, kind, _), want, got in zip(steps, shown, json.loads(done.stdout), strict=True):
-        if kind == "python":
-            assert agrees(want, got), f"tutorial.md, the block at line {line} prints:\n{got}"
-        else:  # a training's log: its words count, its numbers do not
+    assert done.returncode == 0, done.stderr
+    for code, want, got in zip(steps, shown, json.loads(done.stdout), strict=True):
+        if code.startswith("%%bash"):  # a training's log: its words count, its numbers do not
             lines = [re.sub(r"[\d.]+", "#", text).split() for text in got.splitlines()]
             assert all(re.sub(r"[\d.]+", "#", text).split() in lines for text in want.splitlines()), got
+        else:
+            assert agrees(want, got), f"tutorial.md: {code}\nprints:\n{got}"
     assert agrees("IoU about 0.75\n", "IoU about 0.79\n") and not agrees("IoU about 0.75\n", "IoU about 0.65\n")
 
 
@@ -70,9 +71,18 @@ def test_tutorial_quotes_the_code_and_the_code_cites_its_equations():
     quotes = [block[2] for block in BLOCK.finditer(TEXT["tutorial.md"]) if block[1] == "py"]
     assert len(quotes) >= 3 and [quote for quote in quotes if not any(quote in text for text in CODE.values())] == []
     tags = re.findall(r"\\tag\{(\d+)\}", TEXT["tutorial.md"])
-    assert sorted(map(int, tags)) == list(range(1, len(tags) + 1))
+    assert list(map(int, tags)) == list(range(1, len(tags) + 1))  # in the order in which they appear
     cited = re.findall(r"\b[Ee]qs?\. ((?:\(\d+\)(?:, |-| and )?)+)", "\n".join(CODE.values()))
     assert len(cited) > 10 and set(re.findall(r"\d+", " ".join(cited))) <= set(tags)
+
+
+def test_the_map_leads_to_lines_and_tests_that_exist():
+    lines = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", TEXT["tutorial.md"])
+    for name, file, line in lines:
+        assert re.match(rf" *(def|class) {name}\b", CODE[Path(file)].splitlines()[int(line) - 1]), f"{file}: {name}"
+    tests = set(re.findall(r"`(test_\w+)`", TEXT["tutorial.md"]))
+    assert len(lines) > 10 and len(tests) > 3
+    assert {test for test in tests if f"def {test}(" not in "\n".join(CODE.values())} == set()
 
 
 def anchors(text):
@@ -89,7 +99,8 @@ def test_links_lead_to_what_exists(page):
         if not file.startswith(("https:", "http:")):
             target = (HERE / page).parent.joinpath(file).resolve() if file else HERE / page
             assert target.exists(), link
-            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+            if anchor and not re.fullmatch(r"L\d+", anchor):
+                assert anchor in anchors(target.read_text(encoding="utf-8")), link
     for path in re.findall(r"`((?:results|figures|support|paper|experiments|tests)/[\w./]*)`", text):
         assert (HERE / path).exists() or (HERE / page).parent.joinpath(path).exists(), path
 
