@@ -5,15 +5,15 @@
 
 Why fuse. A GPU computes faster than its memory delivers. An H200 issues about 33e12 float32 instructions a second and
 moves 4.8e12 bytes: 7 instructions a byte. An update gate needs about 50 instructions for its 16 bytes, 3 a byte. So
-the arithmetic is free and the time is the time of the traffic. Count in *memory passes*, one tensor read or written
-once. Eager PyTorch runs h_t = z * h + (1 - z) * c as six kernels, each of which sends its result through memory:
+memory traffic alone decides the time. Count it in *transfers*, one tensor read or written once. Eager PyTorch runs
+h_t = z * h + (1 - z) * c as six kernels, each of which sends its result through memory:
 
-    z = sigmoid(a_z) 2    c = tanh(a_c) 2    z * h 3    1 - z 2    (1 - z) * c 3    their sum 3      = 15 passes
+    z = sigmoid(a_z) 2    c = tanh(a_c) 2    z * h 3    1 - z 2    (1 - z) * c 3    their sum 3      = 15
 
-One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4 passes. So 3.75 times faster is the
-limit. PASSES holds every such count, and `python -m experiments.bench --kernels` measures on a GPU what comes of it.
+One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4. So 3.75 times faster is the
+limit. TRANSFERS holds every such count, and `python -m experiments.bench --kernels` measures on a GPU what comes of it.
 
-The backward pass computes z and c again. Saving them would cost two more writes: 6 memory passes in place of 4.
+The backward kernel computes z and c again. Saving them would cost two more writes: 6 transfers in place of 4.
 
 At level 4 the gates are small, and most traffic besides the convolutions' is group norm and ReLU: see FusedNorm.
 
@@ -41,7 +41,7 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024  # elements of one program: 8 for each thread, so a thread loads 16 bytes at once
 SPAN = 4096  # elements that one program sums up, or up to eight times as many: see _span_of
 
-PASSES = {  # memory passes: fused, eager, and with torch.lerp(c, h, z) for eq. (5); tests count them
+TRANSFERS = {  # (fused, eager, and eager with torch.lerp(c, h, z) for eq. (5)); tests count them
     ("update", "forward"): (4, 15, 8),
     ("update", "backward"): (7, 23, 22),
     ("reset", "forward"): (3, 5, None),
@@ -66,8 +66,8 @@ def _span(n, BLOCK: tl.constexpr):
 
 
 @jit
-def _load(ptr, i, mask):
-    x = tl.load(ptr + i, mask)
+def _load(ptr, i, inside):
+    x = tl.load(ptr + i, inside)
     return x if x.dtype == tl.float64 else x.to(tl.float32)  # half precision is for memory alone
 
 
@@ -101,27 +101,27 @@ def _tanh(x):
 
 @jit
 def _update_fwd(h_ptr, az_ptr, ac_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    i, mask = _span(n, BLOCK)
-    h = _load(h_ptr, i, mask)
-    z = _sigmoid(_load(az_ptr, i, mask))
-    c = _tanh(_load(ac_ptr, i, mask))
-    tl.store(out_ptr + i, z * h + (1 - z) * c, mask)  # rounds to the dtype of out
+    i, inside = _span(n, BLOCK)
+    h = _load(h_ptr, i, inside)
+    z = _sigmoid(_load(az_ptr, i, inside))
+    c = _tanh(_load(ac_ptr, i, inside))
+    tl.store(out_ptr + i, z * h + (1 - z) * c, inside)  # rounds to the dtype of out
 
 
 @jit
 def _update_bwd(g_ptr, h_ptr, az_ptr, ac_ptr, dh_ptr, daz_ptr, dac_ptr, n, BLOCK: tl.constexpr):
     """g is the gradient of h_t. An unneeded gradient has None for a pointer, and costs neither store nor load."""
-    i, mask = _span(n, BLOCK)
-    g = _load(g_ptr, i, mask)  # all loads come before the first store, so they wait for memory together
-    h = _load(h_ptr, i, mask)  # the compiler drops a load that no store depends on
-    z = _sigmoid(_load(az_ptr, i, mask))
-    c = _tanh(_load(ac_ptr, i, mask))
+    i, inside = _span(n, BLOCK)
+    g = _load(g_ptr, i, inside)  # all loads come before the first store, so they wait for memory together
+    h = _load(h_ptr, i, inside)  # the compiler drops a load that no store depends on
+    z = _sigmoid(_load(az_ptr, i, inside))
+    c = _tanh(_load(ac_ptr, i, inside))
     if daz_ptr is not None:
-        tl.store(daz_ptr + i, g * (h - c) * (z * (1 - z)), mask)  # sigmoid' = z (1 - z)
+        tl.store(daz_ptr + i, g * (h - c) * (z * (1 - z)), inside)  # sigmoid' = z (1 - z)
     if dac_ptr is not None:
-        tl.store(dac_ptr + i, g * (1 - z) * (1 - c * c), mask)  # tanh' = 1 - c^2
+        tl.store(dac_ptr + i, g * (1 - z) * (1 - c * c), inside)  # tanh' = 1 - c^2
     if dh_ptr is not None:
-        tl.store(dh_ptr + i, g * z, mask)
+        tl.store(dh_ptr + i, g * z, inside)
 
 
 def fused_update(h, a_z, a_c):
@@ -143,20 +143,20 @@ def plain_update(h, a_z, a_c):
 
 @jit
 def _reset_fwd(e_ptr, ar_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    i, mask = _span(n, BLOCK)
-    tl.store(out_ptr + i, _sigmoid(_load(ar_ptr, i, mask)) * _load(e_ptr, i, mask), mask)
+    i, inside = _span(n, BLOCK)
+    tl.store(out_ptr + i, _sigmoid(_load(ar_ptr, i, inside)) * _load(e_ptr, i, inside), inside)
 
 
 @jit
 def _reset_bwd(g_ptr, e_ptr, ar_ptr, de_ptr, dar_ptr, n, BLOCK: tl.constexpr):
-    i, mask = _span(n, BLOCK)
-    g = _load(g_ptr, i, mask)
-    e = _load(e_ptr, i, mask)
-    r = _sigmoid(_load(ar_ptr, i, mask))
+    i, inside = _span(n, BLOCK)
+    g = _load(g_ptr, i, inside)
+    e = _load(e_ptr, i, inside)
+    r = _sigmoid(_load(ar_ptr, i, inside))
     if dar_ptr is not None:
-        tl.store(dar_ptr + i, g * e * (r * (1 - r)), mask)
+        tl.store(dar_ptr + i, g * e * (r * (1 - r)), inside)
     if de_ptr is not None:
-        tl.store(de_ptr + i, g * r, mask)
+        tl.store(de_ptr + i, g * r, inside)
 
 
 def fused_reset(e, a_r):
@@ -211,8 +211,8 @@ def _norm_fwd(
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     mean, rstd = _moments(mean_ptr, m2_ptr, row, M, SPLITS, SPAN, EPS)
     i = block * BLOCK + tl.arange(0, BLOCK)
-    c = row % groups * width + i // HW
-    w, b = _load(w_ptr, c, i < M), _load(b_ptr, c, i < M)
+    chan = row % groups * width + i // HW
+    w, b = _load(w_ptr, chan, i < M), _load(b_ptr, chan, i < M)
     start = row.to(tl.int64) * M
     y = (_load(x_ptr + start, i, i < M) - mean) * rstd * w + b
     if RELU:
@@ -230,11 +230,11 @@ def _norm_bwd_sums(
     channel, part = at // parts, at % parts
     mean, rstd = _moments(mean_ptr, m2_ptr, channel // width, M, SPLITS, SPAN, EPS)
     i = part * SPAN + tl.arange(0, SPAN)
-    start, c = channel.to(tl.int64) * HW, channel % (groups * width)
+    start, chan = channel.to(tl.int64) * HW, channel % (groups * width)
     xhat = tl.where(i < HW, (_load(x_ptr + start, i, i < HW) - mean) * rstd, 0.0)
     g = tl.where(i < HW, _load(g_ptr + start, i, i < HW), 0.0)
     if RELU:
-        g = tl.where(xhat * _load(w_ptr, c, None) + _load(b_ptr, c, None) <= 0, 0.0, g)
+        g = tl.where(xhat * _load(w_ptr, chan, None) + _load(b_ptr, chan, None) <= 0, 0.0, g)
     tl.store(db_ptr + at, tl.sum(g))
     tl.store(dw_ptr + at, tl.sum(g * xhat))
 
@@ -256,8 +256,8 @@ def _norm_bwd(
     wg = tl.sum(tl.where(here, w * tl.load(db_ptr + at, here, 0.0), 0.0)) / M
     wgx = tl.sum(tl.where(here, w * tl.load(dw_ptr + at, here, 0.0), 0.0)) / M
     i = block * BLOCK + tl.arange(0, BLOCK)
-    c, start = first + i // HW, row.to(tl.int64) * M
-    w, b = _load(w_ptr, c, i < M), _load(b_ptr, c, i < M)
+    chan, start = first + i // HW, row.to(tl.int64) * M
+    w, b = _load(w_ptr, chan, i < M), _load(b_ptr, chan, i < M)
     xhat = (_load(x_ptr + start, i, i < M) - mean) * rstd
     g = _load(g_ptr + start, i, i < M)
     if RELU:
@@ -268,7 +268,7 @@ def _norm_bwd(
 class FusedNorm(torch.nn.GroupNorm):
     """nn.GroupNorm with weight and bias, then a ReLU if `relu`: (B, C, H, W) -> the same. It keeps their names.
 
-    PyTorch needs 5 memory passes forward and 8 backward, this one 3 and 5. One photo has eight groups and a GPU wants
+    PyTorch needs 5 transfers forward and 8 backward, this one 3 and 5. One photo has eight groups and a GPU wants
     hundreds of programs, so each group is cut into parts of SPAN elements. It computes in float32 and returns the dtype
     of x, where PyTorch's returns float32 under autocast. A channels-last x is copied to the contiguous layout.
     """

@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
 
 import gates_triton
 import rurnet
-from gates_triton import PASSES, FusedNorm, fuse, fused_reset, fused_update
+from gates_triton import TRANSFERS, FusedNorm, fuse, fused_reset, fused_update
 from rurnet import DRU, SRU, UNITS, VOID, PlainUNet, RecurrentUNet, gated_reset, gated_update, recurrent_loss
 
 law = settings(deadline=None, max_examples=25)
@@ -507,7 +507,7 @@ def test_fused_gate_copies_only_what_is_laid_out_otherwise(layouts, copies, stri
     ("update", 2, lambda h, a_z, a_c: a_c.tanh().lerp(h, a_z.sigmoid())),
     ("norm", 1, lambda x: F.group_norm(x, 2, torch.ones(8), torch.ones(8)).relu_()),
 ])  # fmt: skip
-def test_memory_passes_of_eager_pytorch_are_those_of_the_table(name, column, function):
+def test_transfers_of_eager_pytorch_are_those_of_the_table(name, column, function):
     """Eager PyTorch sends the inputs and the output of every operator through memory."""
     inputs = [torch.randn(100, 8, 16, 16, requires_grad=True) for _ in inputs_of(function)]
     with CountedOperators() as forward:
@@ -517,8 +517,8 @@ def test_memory_passes_of_eager_pytorch_are_those_of_the_table(name, column, fun
         torch.autograd.grad(out, inputs, g)
     # Group norm counts once, as one operator. But after its sums it reads x again, and backward g and x.
     again = (1, 2) if name == "norm" else (0, 0)
-    assert round(forward.elements / g.numel()) + again[0] == PASSES[name, "forward"][column]
-    assert round(backward.elements / g.numel()) + again[1] == PASSES[name, "backward"][column]
+    assert round(forward.elements / g.numel()) + again[0] == TRANSFERS[name, "forward"][column]
+    assert round(backward.elements / g.numel()) + again[1] == TRANSFERS[name, "backward"][column]
 
 
 @each_gate

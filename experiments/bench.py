@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.kernels import print_kernels
-from gates_triton import PASSES, FusedNorm, fuse
+from gates_triton import TRANSFERS, FusedNorm, fuse
 from paper.baselines import SYSTEMS, build
 from rurnet import PlainUNet, RecurrentUNet, recurrent_loss
 from support.export import to_onnx
@@ -299,7 +299,7 @@ class Traffic(TorchDispatchMode):
         self.bytes, self.launches = self.bytes + nbytes, self.launches + launches
 
     def as_one(self, f, passes, launches):
-        """f, counted as a fused kernel that makes so many memory passes over what it returns."""
+        """f, counted as a fused kernel that makes so many transfers over what it returns."""
 
         def run(*args):
             self.counting = False
@@ -318,10 +318,10 @@ def count_traffic(fused, batch, size):
     net, counter = RecurrentUNet(), Traffic()
     for module in fuse(net).modules() if fused else ():
         if isinstance(module, FusedNorm):
-            module.forward = counter.as_one(module.forward, PASSES["norm", "forward"][0], 2)
+            module.forward = counter.as_one(module.forward, TRANSFERS["norm", "forward"][0], 2)
         if hasattr(module, "update"):
-            module.update = counter.as_one(module.update, PASSES["update", "forward"][0], 1)
-            module.reset = counter.as_one(module.reset, PASSES["reset", "forward"][0], 1)
+            module.update = counter.as_one(module.update, TRANSFERS["update", "forward"][0], 1)
+            module.reset = counter.as_one(module.reset, TRANSFERS["reset", "forward"][0], 1)
     with counter:
         net(torch.rand(batch, 3, *size))
     return counter

@@ -1,7 +1,7 @@
 """How much of their saved traffic the fused kernels turn into time: `python -m experiments.bench --kernels`.
 
 On a GPU every kernel is compared with eager PyTorch, with torch.compile, and with a copy of as many bytes, which is
-the fastest that memory allows. Elsewhere the table of memory passes is printed.
+the fastest that memory allows. Elsewhere the table of transfers is printed.
 """
 
 import functools
@@ -9,7 +9,7 @@ import statistics
 
 import torch
 
-from gates_triton import PASSES, FusedNorm, fused_reset, fused_update, plain_reset, plain_update, triton
+from gates_triton import TRANSFERS, FusedNorm, fused_reset, fused_update, plain_reset, plain_update, triton
 
 
 def lerp_update(h, a_z, a_c):
@@ -62,7 +62,7 @@ def time_kernels(dtype, megabytes):
             calls = [functools.partial(back, form(*xs), xs, g) for xs, g in zip(inputs, gradients)]
             times["backward"].append(microseconds(calls))
         for way, (us, *others) in times.items():
-            passes = PASSES[gate, way][0]
+            passes = TRANSFERS[gate, way][0]
             row = f"{gate:8}{way:10}{str(dtype)[6:]:9}{megabytes:4} MB{us:10.1f} us"
             row += f"{passes * megabytes * 2**20 / us / 1000:7.0f} GB/s{passes * one_pass / us:8.0%}"
             print(row + "".join(f"{other / us:8.2f}x" for other in others))
@@ -78,7 +78,7 @@ def print_kernels(machine):
                 for megabytes in 1, 4, 16, 64, 256, 512:
                     time_kernels(dtype, megabytes)
     else:
-        print("Timing the kernels needs a GPU and triton. This is the traffic that they save, in memory passes:\n")
+        print("Timing the kernels needs a GPU and triton. This is the traffic that they save, in transfers:\n")
         print(f"{'':18}{'fused':>6}{'eager':>7}{'lerp':>6}{'eager / fused':>15}")
-        for (gate, way), (fused, eager, lerp) in PASSES.items():
+        for (gate, way), (fused, eager, lerp) in TRANSFERS.items():
             print(f"{gate:8}{way:10}{fused:6}{eager:7}{lerp or '-':>6}{eager / fused:15.2f}")

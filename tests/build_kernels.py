@@ -2,7 +2,7 @@
 
     python -m tests.build_kernels gates     spilled registers, width of loads, number of instructions, offsets
     python -m tests.build_kernels norms     the same for the kernels of FusedNorm
-    python -m tests.build_kernels passes    loads and stores, against PASSES
+    python -m tests.build_kernels passes    loads and stores, against TRANSFERS
 
 test_gpu_builds.py runs all three. Triton compiles only in a process without TRITON_INTERPRET.
 """
@@ -109,8 +109,8 @@ def check_passes():
         loads, stores = (len(re.findall(operation, built.asm["ttir"])) for operation in ("tt.load", "tt.store"))
         return loads, loads + stores
 
-    for kernel, name in zip(GATES, gates.PASSES):  # in this order, before those of the norm
-        assert traffic(built_for_gpu(kernel, "fp32", SM_90))[1] == gates.PASSES[name][0], name
+    for kernel, name in zip(GATES, gates.TRANSFERS):  # in this order, before those of the norm
+        assert traffic(built_for_gpu(kernel, "fp32", SM_90))[1] == gates.TRANSFERS[name][0], name
 
     # Photo-sized tensors of a norm: x to sum up; x and y; g and x to sum up; g, x and dx.
     # The other loads and stores are weight, bias, and two or four partial sums.
@@ -118,7 +118,7 @@ def check_passes():
         built = built_for_gpu(kernel, "fp16", SM_90)
         assert traffic(built) == (loads, loads + stores), kernel
         assert len(re.findall("tt.load.*<f16>|tt.store.*<f16>", built.asm["ttir"])) == large, kernel
-    assert (1 + 2, 2 + 3) == (gates.PASSES["norm", "forward"][0], gates.PASSES["norm", "backward"][0])
+    assert (1 + 2, 2 + 3) == (gates.TRANSFERS["norm", "forward"][0], gates.TRANSFERS["norm", "backward"][0])
 
     # A gradient that nobody needs costs no store, and no load that it alone needs.
     for kernel, unneeded, loads, total in [

@@ -45,7 +45,7 @@ def test_every_form_of_bench_returns_the_same_logits(monkeypatch, capsys):
 
 
 def test_bench_counts_what_the_fused_kernels_save(monkeypatch):
-    """A pass saves 2 memory passes of every ReLU, 11 and 2 of the gates, and what else a norm reads and writes."""
+    """A pass saves 2 transfers of every ReLU, 11 and 2 of the gates, and what else a norm reads and writes."""
     monkeypatch.setattr(gates_triton, "_runs_triton", lambda x: False)  # the inside of a fused call does not count
     net, nbytes = RecurrentUNet(passes=1), {}
     for module in net.modules():
