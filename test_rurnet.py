@@ -685,16 +685,6 @@ def test_a_fused_network_on_a_cpu_is_exported_traced_and_compiled():
             torch.testing.assert_close(form(image)[-1], plain(image)[-1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_fused_gate_outside_of_the_interpreter_is_compiled_for_a_cpu():
-    run_python("""
-        import torch
-        from gates_triton import fused_update
-        x = torch.randn(3, 9)
-        torch.testing.assert_close(torch.compile(fused_update, fullgraph=True)(*x), fused_update(*x))
-    """, HERE)  # fmt: skip
-
-
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 def test_a_fused_network_on_a_gpu_runs_compiled_and_from_a_cuda_graph():
     model, image = fuse(RecurrentUNet()).cuda(), torch.randn(2, 3, 48, 64, device="cuda")
