@@ -123,12 +123,14 @@ def test_network_equals_its_equations(unit, level):
     for gate in net.unit.children():  # the architecture of the part that it replaces
         assert [conv[0].out_channels for conv in gate.down] == [8, 16, 32, 64][level:]
         assert [part.up.out_channels for part in gate.up] == [64, 32, 16, 8][: 4 - level]
-    image, mask = torch.randn(2, 3, 37, 48).double(), torch.zeros(2, 3, 37, 48).double()
+    image, mask = torch.randn(2, 3, 37, 48).double().requires_grad_(), torch.zeros(2, 3, 37, 48).double()
     h = torch.zeros(2, 8 if level == 0 else 16, -(-37 // 2**level), 48 // 2**level).double()
     for got in net(image, 3):
         s, h = one_pass(net.state_dict(), image, mask, h)
         mask = torch.exp(s) / torch.exp(s).sum(1, keepdim=True)
         torch.testing.assert_close(got, s)
+    grads = [torch.autograd.grad(last.square().sum(), image)[0] for last in (got, s)]  # through masks and states
+    torch.testing.assert_close(*grads)
 
 
 def test_plain_unet_equals_its_equations():
