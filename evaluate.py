@@ -19,7 +19,7 @@ from paper.baselines import build
 from support.checkpoints import one_sentence, read_checkpoint
 from support.pictures import VOID, normalise, resize
 from support.processes import gather_from_processes, print_once, rank_and_world
-from support.runtime import autocast, for_device
+from support.runtime import autocast, for_device, replayed
 
 # ---------------------------------------------------------------- 1. from a checkpoint to a network
 
@@ -55,7 +55,7 @@ def load(path, device=torch.device("cpu"), net=None):
         network, classes = content["network"], content["classes"]
         net = net or build(network["name"], classes, **network["options"])
         net.load_state_dict(content["ema"])
-        model = Segmenter(for_device(net, device), **content["input"]).eval()
+        model = Segmenter(replayed(for_device(net, device), device), **content["input"]).eval()
         model.classes = classes
         return model
 

@@ -3,23 +3,19 @@
     from gates_triton import fuse
     net = fuse(RecurrentUNet())            # in place; on a CPU it computes what it did before
 
-Why fuse. A GPU computes faster than its memory delivers. An H200 issues about 33e12 float32 instructions a second and
-moves 4.8e12 bytes: 7 instructions a byte. An update gate needs about 50 instructions for its 16 bytes, 3 a byte. So
-memory traffic alone decides the time. Count it in *transfers*, one tensor read or written once. Eager PyTorch runs
-h_t = z * h + (1 - z) * c as six kernels, each of which sends its result through memory:
+Why fuse. An H200 issues 7 instructions in the time that its memory takes for a byte, and an update gate needs 3 a
+byte. So memory traffic alone decides the time. Count it in *transfers*, one tensor read or written once. Eager
+PyTorch runs h_t = z * h + (1 - z) * c as six kernels, each of which sends its result through memory:
 
     z = sigmoid(a_z) 2    c = tanh(a_c) 2    z * h 3    1 - z 2    (1 - z) * c 3    their sum 3      = 15
 
-One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4. So 3.75 times faster is the
-limit. TRANSFERS holds every such count, and `python -m experiments.bench --kernels` measures on a GPU what comes of it.
-
+One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4. So 3.75 times faster is the limit.
+TRANSFERS has every such count, and `python -m experiments.bench --gpu OUT` measures on a GPU what comes of it.
 The backward kernel computes z and c again. Saving them would cost two more writes: 6 transfers in place of 4.
 
-At level 4 the gates are small, and most traffic besides the convolutions' is group norm and ReLU: see FusedNorm.
-
 CPU tensors take the plain expression. So does everything where triton is missing, and everything that is traced:
-torch.compile fuses the plain gate with its neighbours, and exported models must not need Triton. Launching a kernel
-from Python takes longer than a small tensor's traffic, so at batch 1 replay the network from a CUDA graph.
+torch.compile fuses the plain gate with its neighbours, and exported models must not need Triton. A launch from Python
+takes longer than a small tensor's traffic, so support/runtime.py replays CUDA graphs.
 """
 
 from __future__ import annotations  # so that `BLOCK: tl.constexpr` is not looked up where triton is missing
@@ -39,20 +35,18 @@ except ImportError:  # macOS, Windows
 # TRITON_INTERPRET=1, set before triton is imported, runs kernels in numpy, line by line: how a CPU tests them
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024  # elements of one program: 8 for each thread, so a thread loads 16 bytes at once
-SPAN = 4096  # elements that one program sums up, or up to eight times as many: see _span_of
+ONCE = 16384  # elements of a group's block that one program of a norm can hold in registers
+SPAN = 4096  # elements that a program of a larger group reads at once
 
 TRANSFERS = {  # (fused, eager, and eager with torch.lerp(c, h, z) for eq. (5)); tests count them
     ("update", "forward"): (4, 15, 8),
     ("update", "backward"): (7, 23, 22),
     ("reset", "forward"): (3, 5, None),
     ("reset", "backward"): (5, 9, None),
-    ("norm", "forward"): (3, 5, None),  # group norm and ReLU; mean and variance come first, so x is read twice
-    ("norm", "backward"): (5, 8, None),
+    ("norm", "forward"): (3, 5, None),  # group norm and ReLU; mean and variance come first, so x is read twice,
+    ("norm", "backward"): (5, 8, None),  # but not by _group_fwd: it takes 2, and _group_bwd 3
 }
-
-
-def jit(kernel):
-    return triton.jit(kernel) if triton is not None else kernel
+jit = triton.jit if triton is not None else lambda kernel: kernel
 
 
 # ---------------------------------------------------------------- what the kernels are made of
@@ -85,9 +79,8 @@ def _tanh(x):
     y = tl.where(x < 0, -y, y)
     if x.dtype == tl.float64:
         return y
-    # Near 0, y subtracts nearly equal numbers and would lose a tanh of 1e-8. There use x + x^3 p(x^2) instead, with p
-    # fitted for the least relative error. Beyond 1.05 the errors of exp and / (each up to two units in the last place)
-    # shrink with t to two in all.
+    # Near 0, y would lose a tanh of 1e-8. There use x + x^3 p(x^2), with p fitted for the least relative error.
+    # Beyond 1.05 the errors of exp and / (each up to two units in the last place) shrink with t to two in all.
     x = tl.where(a < 1.05, x, 0.0)
     s = x * x
     p = 0.0021589163 - 0.00031634075 * s
@@ -133,8 +126,7 @@ def fused_update(h, a_z, a_c):
 
 
 def plain_update(h, a_z, a_c):
-    """Runs where no kernel does. This copy of rurnet's gate lets the file stand alone."""
-    z, c = torch.sigmoid(a_z), torch.tanh(a_c)
+    z, c = torch.sigmoid(a_z), torch.tanh(a_c)  # a copy of rurnet's gate, so that this file can stand alone
     return z * h + (1 - z) * c
 
 
@@ -175,103 +167,138 @@ def plain_reset(e, a_r):
 
 
 @jit
-def _moments(mean_ptr, m2_ptr, row, M, SPLITS: tl.constexpr, SPAN: tl.constexpr, EPS: tl.constexpr):
+def _group(x_ptr, w_ptr, b_ptr, groups, width, HW, EPS, WIDTH: tl.constexpr, PIXELS: tl.constexpr):
+    """A sample's group, whole in one program, as a block of channels by pixels: where it starts, the places in it,
+    which of them exist, xhat = (x - mean) * rstd, rstd = 1 / standard deviation, and each channel's w and b."""
+    row, M = tl.program_id(0), width * HW
+    k, pixel = tl.arange(0, WIDTH)[:, None], tl.arange(0, PIXELS)[None, :]
+    start, i, here = row.to(tl.int64) * M, k * HW + pixel, (k < width) & (pixel < HW)
+    x = tl.where(here, _load(x_ptr + start, i, here), 0.0)
+    d = tl.where(here, x - tl.sum(x) / M, 0.0)  # subtracted first, so that the squares' sum does not cancel
+    rstd = 1 / tl.sqrt(tl.sum(d * d) / M + EPS)
+    chan = row % groups * width + k
+    w, b = tl.where(k < width, _load(w_ptr, chan, k < width), 0.0), _load(b_ptr, chan, k < width)
+    return start, i, here, d * rstd, rstd, w, b
+
+
+@jit
+def _group_fwd(x_ptr, w_ptr, b_ptr, out_ptr, groups, width, HW,
+               RELU: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr):  # fmt: skip
+    start, i, here, xhat, _, w, b = _group(x_ptr, w_ptr, b_ptr, groups, width, HW, EPS, WIDTH, PIXELS)
+    y = xhat * w + b
+    tl.store(out_ptr + start + i, tl.where(y < 0, 0.0, y) if RELU else y, here)  # NaN stays NaN
+
+
+@jit
+def _group_bwd(g_ptr, x_ptr, w_ptr, b_ptr, db_ptr, dw_ptr, dx_ptr, groups, width, HW,
+               RELU: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr):  # fmt: skip
+    """dx = rstd * (w g - mean(w g) - xhat * mean(w g xhat)), the means over the group. g has passed the ReLU."""
+    start, i, here, xhat, rstd, w, b = _group(x_ptr, w_ptr, b_ptr, groups, width, HW, EPS, WIDTH, PIXELS)
+    g = tl.where(here, _load(g_ptr + start, i, here), 0.0)
+    g = tl.where(xhat * w + b <= 0, 0.0, g) if RELU else g
+    db, dw = tl.sum(g, 1, keep_dims=True), tl.sum(g * xhat, 1, keep_dims=True)
+    k = tl.arange(0, WIDTH)[:, None]
+    tl.store(db_ptr + tl.program_id(0) * width + k, db, k < width)
+    tl.store(dw_ptr + tl.program_id(0) * width + k, dw, k < width)
+    wg, wgx = tl.sum(w * db) / (width * HW), tl.sum(w * dw) / (width * HW)
+    tl.store(dx_ptr + start + i, rstd * (w * g - wg - xhat * wgx), here)
+
+
+# Larger groups take two kernels, and each channel of theirs several programs, as a GPU has room for hundreds.
+
+
+@jit
+def _norm_sums(x_ptr, mean_ptr, m2_ptr, HW, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a part: the mean, and the sum of squares about that mean."""
+    at, parts = tl.program_id(0), tl.cdiv(HW, SPAN)
+    channel, begin = at // parts, at % parts * SPAN  # a sample's channel; only the first axis of a grid may be long
+    x_ptr += channel.to(tl.int64) * HW
+    i = begin + tl.arange(0, BLOCK)
+    x = tl.where(i < HW, _load(x_ptr, i, i < HW), 0.0)
+    near = tl.sum(x) / tl.minimum(HW - begin, BLOCK)  # the mean of the first block is near enough to the part's
+    d = tl.where(i < HW, x - near, 0.0)
+    sums, squares = d, d * d
+    for _ in range(1, SPAN // BLOCK):
+        i += BLOCK
+        d = tl.where(i < HW, _load(x_ptr, i, i < HW) - near, 0.0)
+        sums += d
+        squares += d * d
+    n = tl.minimum(HW - begin, SPAN)
+    off = tl.sum(sums) / n  # how far `near` is from the mean
+    tl.store(mean_ptr + at, near + off)
+    tl.store(m2_ptr + at, tl.sum(squares) - n * off * off)
+
+
+@jit
+def _moments(mean_ptr, m2_ptr, group, width, HW, SPLITS: tl.constexpr, SPAN: tl.constexpr, EPS: tl.constexpr):
     """Mean and 1 / standard deviation of a group, merged from its parts (some 256 numbers in the cache)."""
-    k = tl.arange(0, SPLITS)
-    n = tl.minimum(tl.maximum(M - k * SPAN, 0), SPAN)  # elements in part k
-    here = n > 0
-    at = row * tl.cdiv(M, SPAN) + k
+    k, parts = tl.arange(0, SPLITS), tl.cdiv(HW, SPAN)
+    here, at = k < width * parts, group * width * parts + k
     part, m2 = tl.load(mean_ptr + at, here, 0.0), tl.load(m2_ptr + at, here, 0.0)
-    n = n.to(part.dtype)
-    mean = tl.sum(n * part) / M
-    var = tl.sum(m2 + n * (part - mean) * (part - mean)) / M
+    n = tl.where(here, tl.minimum(HW - k % parts * SPAN, SPAN), 0).to(part.dtype)  # elements in part k
+    mean = tl.sum(n * part) / (width * HW)
+    var = tl.sum(m2 + n * (part - mean) * (part - mean)) / (width * HW)
     return mean, 1 / tl.sqrt(var + EPS)
 
 
 @jit
-def _norm_sums(x_ptr, mean_ptr, m2_ptr, M, SPAN: tl.constexpr):
-    """Of one part of a group: the mean, and the sum of squares about that mean, so that nothing cancels."""
-    at, parts = tl.program_id(0), tl.cdiv(M, SPAN)
-    row, part = at // parts, at % parts  # a sample's group, and its part; only the first axis of a grid may be long
-    i = part * SPAN + tl.arange(0, SPAN)
-    x = _load(x_ptr + row.to(tl.int64) * M, i, i < M)
-    x = tl.where(i < M, x, 0.0)
-    mean = tl.sum(x) / tl.minimum(M - part * SPAN, SPAN)
-    d = tl.where(i < M, x - mean, 0.0)
-    tl.store(mean_ptr + at, mean)
-    tl.store(m2_ptr + at, tl.sum(d * d))
-
-
-@jit
-def _norm_fwd(
-    x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, out_ptr, groups, width, HW, M,
-    RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(M, BLOCK)
-    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    mean, rstd = _moments(mean_ptr, m2_ptr, row, M, SPLITS, SPAN, EPS)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    chan = row % groups * width + i // HW
-    w, b = _load(w_ptr, chan, i < M), _load(b_ptr, chan, i < M)
-    start = row.to(tl.int64) * M
-    y = (_load(x_ptr + start, i, i < M) - mean) * rstd * w + b
-    if RELU:
-        y = tl.where(y < 0, 0.0, y)  # and NaN stays NaN
-    tl.store(out_ptr + start + i, y, i < M)
-
-
-@jit
-def _norm_bwd_sums(
-    g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr, groups, width, HW, M,
-    RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
-):  # fmt: skip
-    """Of one part of one channel: the sums of g and g * xhat. g has passed the ReLU; xhat = (x - mean) * rstd."""
-    at, parts = tl.program_id(0), tl.cdiv(HW, SPAN)
-    channel, part = at // parts, at % parts
-    mean, rstd = _moments(mean_ptr, m2_ptr, channel // width, M, SPLITS, SPAN, EPS)
-    i = part * SPAN + tl.arange(0, SPAN)
+def _norm_fwd(x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, out_ptr, groups, width, HW, RELU: tl.constexpr,
+              EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One block of one channel, whose weight and bias are two numbers."""
+    blocks = tl.cdiv(HW, BLOCK)
+    channel, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     start, chan = channel.to(tl.int64) * HW, channel % (groups * width)
-    xhat = tl.where(i < HW, (_load(x_ptr + start, i, i < HW) - mean) * rstd, 0.0)
-    g = tl.where(i < HW, _load(g_ptr + start, i, i < HW), 0.0)
-    if RELU:
-        g = tl.where(xhat * _load(w_ptr, chan, None) + _load(b_ptr, chan, None) <= 0, 0.0, g)
-    tl.store(db_ptr + at, tl.sum(g))
-    tl.store(dw_ptr + at, tl.sum(g * xhat))
+    x = _load(x_ptr + start, i, i < HW)  # before the statistics, so that both wait for memory together
+    mean, rstd = _moments(mean_ptr, m2_ptr, channel // width, width, HW, SPLITS, SPAN, EPS)
+    y = (x - mean) * (rstd * _load(w_ptr, chan, None)) + _load(b_ptr, chan, None)
+    tl.store(out_ptr + start + i, tl.where(y < 0, 0.0, y) if RELU else y, i < HW)
 
 
 @jit
-def _norm_bwd(
-    g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr, dx_ptr, groups, width, HW, M,
-    RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dx = rstd * (w g - mean(w g) - xhat * mean(w g xhat)), the means over the group."""
-    blocks = tl.cdiv(M, BLOCK)
-    row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    mean, rstd = _moments(mean_ptr, m2_ptr, row, M, SPLITS, SPAN, EPS)
-    first = row % groups * width
-    k, parts = tl.arange(0, PARTS), tl.cdiv(HW, SPAN)
-    here, at = k < width * parts, row * width * parts + k
-    w = _load(w_ptr, first + k // parts, here)
-    wg = tl.sum(tl.where(here, w * tl.load(db_ptr + at, here, 0.0), 0.0)) / M
-    wgx = tl.sum(tl.where(here, w * tl.load(dw_ptr + at, here, 0.0), 0.0)) / M
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    chan, start = first + i // HW, row.to(tl.int64) * M
-    w, b = _load(w_ptr, chan, i < M), _load(b_ptr, chan, i < M)
-    xhat = (_load(x_ptr + start, i, i < M) - mean) * rstd
-    g = _load(g_ptr + start, i, i < M)
-    if RELU:
-        g = tl.where(xhat * w + b <= 0, 0.0, g)
-    tl.store(dx_ptr + start + i, rstd * (w * g - wg - xhat * wgx), i < M)
+def _norm_bwd_sums(g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr, groups, width, HW,
+                   RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    """Of a part: the sums of g and g * xhat."""
+    at, parts = tl.program_id(0), tl.cdiv(HW, SPAN)
+    channel, i = at // parts, at % parts * SPAN + tl.arange(0, BLOCK)
+    start, chan = channel.to(tl.int64) * HW, channel % (groups * width)
+    mean, rstd = _moments(mean_ptr, m2_ptr, channel // width, width, HW, SPLITS, SPAN, EPS)
+    w, b = _load(w_ptr, chan, None), _load(b_ptr, chan, None)
+    db, dw = tl.zeros([BLOCK], mean.dtype), tl.zeros([BLOCK], mean.dtype)
+    for _ in range(SPAN // BLOCK):
+        xhat = (_load(x_ptr + start, i, i < HW) - mean) * rstd
+        g = tl.where(i < HW, _load(g_ptr + start, i, i < HW), 0.0)
+        g = tl.where(xhat * w + b <= 0, 0.0, g) if RELU else g
+        db += g
+        dw += tl.where(i < HW, g * xhat, 0.0)
+        i += BLOCK
+    tl.store(db_ptr + at, tl.sum(db))
+    tl.store(dw_ptr + at, tl.sum(dw))
+
+
+@jit
+def _norm_bwd(g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr, dx_ptr, groups, width, HW,
+              RELU: tl.constexpr, EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
+    """dx, by the formula of _group_bwd, for one block of one channel."""
+    blocks = tl.cdiv(HW, BLOCK)
+    channel, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    start, chan, group = channel.to(tl.int64) * HW, channel % (groups * width), channel // width
+    x, g = _load(x_ptr + start, i, i < HW), _load(g_ptr + start, i, i < HW)
+    mean, rstd = _moments(mean_ptr, m2_ptr, group, width, HW, SPLITS, SPAN, EPS)
+    k, parts = tl.arange(0, SPLITS), tl.cdiv(HW, SPAN)
+    here, at = k < width * parts, group * width * parts + k
+    w = _load(w_ptr, group % groups * width + k // parts, here)
+    wg = tl.sum(tl.where(here, w * tl.load(db_ptr + at, here, 0.0), 0.0)) / (width * HW)
+    wgx = tl.sum(tl.where(here, w * tl.load(dw_ptr + at, here, 0.0), 0.0)) / (width * HW)
+    w, b, xhat = _load(w_ptr, chan, None), _load(b_ptr, chan, None), (x - mean) * rstd
+    g = tl.where(xhat * w + b <= 0, 0.0, g) if RELU else g
+    tl.store(dx_ptr + start + i, rstd * (w * g - wg - xhat * wgx), i < HW)
 
 
 class FusedNorm(torch.nn.GroupNorm):
-    """nn.GroupNorm with weight and bias, then a ReLU if `relu`: (B, C, H, W) -> the same. It keeps their names.
-
-    PyTorch needs 5 transfers forward and 8 backward, this one 3 and 5. One photo has eight groups and a GPU wants
-    hundreds of programs, so each group is cut into parts of SPAN elements. It computes in float32 and returns the dtype
-    of x, where PyTorch's returns float32 under autocast. A channels-last x is copied to the contiguous layout.
-    """
+    """nn.GroupNorm with weight and bias, then a ReLU if `relu`: (B, C, H, W) -> the same. It keeps their names,
+    and x's dtype, where PyTorch's returns float32 under autocast. A channels-last x is copied to be contiguous."""
 
     def __init__(self, norm, relu):
         super().__init__(norm.num_groups, norm.num_channels, norm.eps)
@@ -281,54 +308,56 @@ class FusedNorm(torch.nn.GroupNorm):
     def forward(self, x):
         if _runs_triton(x):
             if x.shape[1] != self.num_channels or x.device != self.weight.device:
-                mine = f"{self.num_channels} channels on {self.weight.device}"
-                raise ValueError(f"the norm has {mine}, and got {tuple(x.shape)} on {x.device}")
+                raise ValueError(f"the norm has {self.num_channels} channels on {self.weight.device}, "
+                                 f"and got {tuple(x.shape)} on {x.device}")  # fmt: skip
             return _Norm.apply(x, self.weight, self.bias, self.num_groups, self.eps, self.relu)
         y = super().forward(x)
         return y.relu_() if self.relu else y
 
 
-def _span_of(M):
-    """Elements that one program sums up, and its warps. A group of a megapixel photo has at most 256 parts."""
-    span = min(max(SPAN, triton.next_power_of_2(triton.cdiv(M, 256))), 8 * SPAN)
-    return span, max(4, span // 1024)
+@functools.lru_cache
+def _plan(width, HW, once, span):
+    """Parts and blocks of a channel, and the constants of its kernels. 0 parts: a program holds a whole group."""
+    channels, pixels = triton.next_power_of_2(width), triton.next_power_of_2(HW)
+    if channels * pixels <= once:
+        return 0, 0, dict(WIDTH=channels, PIXELS=pixels, num_warps=max(4, 16 * channels * pixels // once))
+    block = span = min(span, pixels)
+    while width * triton.cdiv(HW, span) > 256 and span < HW:  # or merging the parts of a large photo takes long
+        span *= 2
+    parts = triton.cdiv(HW, span)
+    return parts, triton.cdiv(HW, block), dict(SPLITS=triton.next_power_of_2(width * parts), SPAN=span, BLOCK=block)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, groups, eps, relu):
         x = x.contiguous()
-        width, HW = x.shape[1] // groups, x.shape[2:].numel()
-        M, rows = width * HW, len(x) * groups
-        span, warps = _span_of(M)
-        splits = triton.cdiv(M, span)
-        precise = torch.promote_types(x.dtype, torch.float32)
-        mean, m2 = torch.empty(2, rows, splits, dtype=precise, device=x.device)
-        out = torch.empty_like(x)
-        ctx.shape = groups, width, HW, M
-        ctx.how = dict(RELU=relu, EPS=eps, SPLITS=triton.next_power_of_2(splits), SPAN=span)
-        _launch_grid(_norm_sums, (rows * splits,), x, mean, m2, M, SPAN=span, num_warps=warps)
-        grid = (rows * triton.cdiv(M, BLOCK),)
-        _launch_grid(_norm_fwd, grid, x, w, b, mean, m2, out, *ctx.shape, BLOCK=BLOCK, **ctx.how)
-        ctx.save_for_backward(x, w, b, mean, m2)
+        B, C, HW, precise = *x.shape[:2], x.shape[2:].numel(), torch.promote_types(x.dtype, torch.float32)
+        ctx.plan = parts, blocks, how = _plan(C // groups, HW, ONCE * 4 // precise.itemsize, SPAN)
+        ctx.sizes, ctx.how = sizes, how = (groups, C // groups, HW), dict(RELU=relu, EPS=eps) | how
+        out, moments = torch.empty_like(x), []
+        if parts == 0:
+            _launch_grid(_group_fwd, (B * groups,), x, w, b, out, *sizes, **how)
+        else:
+            moments = [torch.empty(B * C * parts, dtype=precise, device=x.device) for _ in range(2)]
+            _launch_grid(_norm_sums, (B * C * parts,), x, *moments, HW, SPAN=how["SPAN"], BLOCK=how["BLOCK"])
+            _launch_grid(_norm_fwd, (B * C * blocks,), x, w, b, *moments, out, *sizes, **how)
+        ctx.save_for_backward(x, w, b, *moments)
         return out
 
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled():
             raise RuntimeError("the fused norm can be differentiated once; torch.nn.GroupNorm can more often")
-        x, w, b, mean, m2 = ctx.saved_tensors
-        g, (groups, width, HW, M) = g.contiguous(), ctx.shape
-        span, warps = _span_of(M)
-        rows, parts = len(x) * groups, triton.cdiv(HW, span)
-        sums = torch.empty(2, len(x), groups * width, parts, dtype=mean.dtype, device=x.device)
-        args = g, x, w, b, mean, m2, *sums
-        _launch_grid(_norm_bwd_sums, (rows * width * parts,), *args, *ctx.shape, num_warps=warps, **ctx.how)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx, most = torch.empty_like(x), triton.next_power_of_2(width * parts)
-            grid = (rows * triton.cdiv(M, BLOCK),)
-            _launch_grid(_norm_bwd, grid, *args, dx, *ctx.shape, PARTS=most, BLOCK=BLOCK, **ctx.how)
+        x, w, b, *moments = ctx.saved_tensors
+        (B, C), (parts, blocks, _), sizes, how = x.shape[:2], ctx.plan, ctx.sizes, ctx.how
+        sums = torch.empty(2, B, C, max(1, parts), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        dx, args = torch.empty_like(x), (g.contiguous(), x, w, b, *moments, *sums)
+        if parts == 0:
+            _launch_grid(_group_bwd, (B * sizes[0],), *args, dx, *sizes, **how)
+        else:
+            _launch_grid(_norm_bwd_sums, (B * C * parts,), *args, *sizes, **how)
+            _launch_grid(_norm_bwd, (B * C * blocks,), *args, dx, *sizes, **how)
         db, dw = sums.sum((1, 3)).to(w.dtype)
         return dx, dw, db, None, None, None
 
@@ -371,10 +400,7 @@ def _launch_grid(kernel, grid, x, *others, **constants):
 
 def _lay_out(*tensors):
     """The same tensors in one memory layout, as an elementwise kernel walks memory from 0 to n in any order.
-
-    Contiguous and channels-last tensors are taken as they are. A slice, an expanded tensor, or one that differs is
-    copied to the layout that most of the others have.
-    """
+    A slice, an expanded tensor, or one that differs is copied to the layout that most of the others have."""
     orders = [_order(x) for x in tensors]
     common = max((order for order in orders if order is not None), key=orders.count, default=None)
     like = tensors[orders.index(common)]  # empty_like keeps its order of dimensions and removes gaps and overlaps

@@ -22,7 +22,7 @@ from evaluate import load, segment, segment_frame
 from support.export import export
 from support.pictures import ENDINGS, read_photo
 from support.processes import is_out_of_memory
-from support.runtime import ReplayedNet, keep_memory
+from support.runtime import keep_memory
 
 COLOURS = np.uint8([(0, 200, 160), (255, 120, 60), (90, 120, 255), (255, 210, 60), (220, 80, 200), (120, 210, 60)])
 
@@ -75,8 +75,6 @@ def mask_all(args):
     model = load(args.checkpoint, device)
     if args.frames and not hasattr(model.net, "step"):
         raise ValueError(f"{args.checkpoint}: holds a network that carries no state; leave --frames out")
-    if device.type == "cuda":
-        model.net = ReplayedNet(model.net)
     inputs = find_inputs(args.inputs)
     outputs = [(args.out / f"{path.stem}.png", args.out / f"{path.stem}_overlay.jpg") for path in inputs]
     if clash := {path.resolve() for path in inputs} & {path.resolve() for pair in outputs for path in pair}:

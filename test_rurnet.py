@@ -424,7 +424,8 @@ def test_fused_tanh_is_within_two_units_in_the_last_place():
         fused_reset(x, x)
     exact = np.tanh(x.cpu().double().numpy())
     off = np.abs(got - exact) / np.spacing(np.abs(exact).astype(np.float32))
-    assert off.max() <= 2, f"{off.max():.2f} units at {x[off.argmax()]}"
+    most = 2 if DEVICE == "cpu" else 3  # a GPU's ex2.approx has up to two units of its own
+    assert off.max() <= most, f"{off.max():.2f} units at {x[off.argmax()]}"
     assert ((got == 0) == (x.cpu().numpy() == 0)).all()  # nothing small is lost
 
 
@@ -563,9 +564,9 @@ def test_offsets_do_not_wrap_at_2_to_the_31():
 @given(
     batch=st.integers(0, 2), groups=st.integers(1, 3), width=st.integers(1, 4), relu=st.booleans(), seed=seeds,
     size=st.tuples(*2 * [st.integers(1, 7)]), dtype=st.sampled_from(list(TOLERANCE)),
-    span=st.sampled_from([32, 4096]), layouts=st.tuples(*2 * [st.sampled_from(list(LAYOUTS)[:-1])]),
+    once=st.sampled_from([0, 64, 16384]), layouts=st.tuples(*2 * [st.sampled_from(list(LAYOUTS)[:-1])]),
 )  # fmt: skip
-def test_fused_norm_is_group_norm_and_relu(batch, groups, width, relu, seed, size, dtype, span, layouts):
+def test_fused_norm_is_group_norm_and_relu(batch, groups, width, relu, seed, size, dtype, once, layouts):
     torch.manual_seed(seed)
     x, g = torch.randn(2, batch, groups * width, *size).to(DEVICE, dtype)
     norm = nn.GroupNorm(groups, groups * width, eps=0.1)  # where numbers are equal, their deviation is an error
@@ -580,8 +581,8 @@ def test_fused_norm_is_group_norm_and_relu(batch, groups, width, relu, seed, siz
     x, g = (LAYOUTS[layout](v).detach() for layout, v in zip(layouts, (x, g)))
     x.requires_grad_()
     with pytest.MonkeyPatch.context() as patch, watched_memory():
-        patch.setattr(gates_triton, "SPAN", span)  # many parts and blocks of small tensors
-        patch.setattr(gates_triton, "BLOCK", span)
+        patch.setattr(gates_triton, "ONCE", once)  # 0: never a group in one program
+        patch.setattr(gates_triton, "SPAN", 16)  # many parts of small channels
         got = FusedNorm(norm, relu)(x)
         got = got, *torch.autograd.grad(got, [x, norm.weight, norm.bias], g)
     assert got[0].dtype == dtype and got[0].shape == x.shape
@@ -613,15 +614,29 @@ def test_fused_norm_passes_nan_on_and_refuses_what_it_cannot_do():
 
 
 @needs_triton
-def test_the_norms_grids_have_one_axis_and_groups_few_parts(monkeypatch):
+@pytest.mark.parametrize("shape, kernels", [
+    ((3, 4, 64, 128), "_group_fwd 6, _group_bwd 6"),  # 2 x 8192 elements: as much as one program holds
+    ((3, 4, 64, 129), "_norm_sums 36, _norm_fwd 36, _norm_bwd_sums 36, _norm_bwd 36"),  # 3 parts of 12 channels
+    ((1, 4, 1024, 1024), "_norm_sums 512, _norm_fwd 1024, _norm_bwd_sums 512, _norm_bwd 1024"),  # 2 x 128 parts
+])  # fmt: skip
+def test_a_norms_grid_has_one_axis_and_few_parts(shape, kernels, monkeypatch):
     """CUDA takes 65,535 programs along the other axes: 512 photos of 128 channels would be one too many."""
     grids = []
-    monkeypatch.setattr(gates_triton, "_launch_grid", lambda kernel, grid, *args, **how: grids.append(grid))
-    x = torch.randn(3, 4, 70, 70, device=DEVICE, requires_grad=True)
+    add = lambda kernel, grid, *args, **how: grids.append(f"{kernel.fn.__name__} {', '.join(map(str, grid))}")
+    monkeypatch.setattr(gates_triton, "_launch_grid", add)
+    x = torch.empty(1, device=DEVICE).expand(shape).requires_grad_()
     FusedNorm(nn.GroupNorm(2, 4, device=DEVICE), True)(x).sum().backward()
-    assert grids == [(6 * 3,), (6 * 10,), (12 * 2,), (6 * 10,)]  # of parts and of blocks
-    spans = [gates_triton._span_of(elements)[0] for elements in (1, 2**20, 2**21, 2**23, 2**24)]
-    assert spans == [4096, 4096, 8192, 32768, 32768]  # at most 256 parts, up to 8 million elements
+    assert ", ".join(grids) == kernels
+
+
+@needs_triton
+def test_sums_over_many_blocks_do_not_cancel(monkeypatch):
+    """The first block of each part is far from the mean of the rest, and 1e4 from zero."""
+    monkeypatch.setattr(gates_triton, "_plan", lambda *_: (2, 9, dict(SPLITS=4, SPAN=512, BLOCK=64)))
+    x = torch.randn(1, 2, 1, 570).to(DEVICE) + 1e4
+    x[..., :64] += 30
+    want = F.group_norm(x.double(), 1)
+    assert (FusedNorm(nn.GroupNorm(1, 2, device=DEVICE), False)(x) - want).abs().max() < 1e-3
 
 
 # ---------------------------------------------------------------- 3. the kernels: units and networks

@@ -30,7 +30,7 @@ from rurnet import VOID, recurrent_loss
 from support import processes
 from support.checkpoints import one_sentence, read_checkpoint, refuse_taken, save, write_log
 from support.processes import print_once
-from support.runtime import Recomputed, autocast, for_device
+from support.runtime import Graphed, Recomputed, autocast, for_device, replayed
 
 # ---------------------------------------------------------------- 1. configuration
 
@@ -124,10 +124,10 @@ def train(c, net=None, folder=None):
     if c.start:
         start_from(net, c.start, network)
     net = for_device(net, device)
-    learner = processes.share(Recomputed(net) if c.recompute else net, c.batch)
+    learner = processes.share(Recomputed(net) if c.recompute else Graphed(net), c.batch)
     # On small sets the weights of single steps swing by ten points of validation IoU; their running mean does not.
     ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
-    model = Segmenter(ema.module, c.size, c.passes, c.views)
+    model = Segmenter(replayed(ema.module, device), c.size, c.passes, c.views)
 
     # 4. optimiser: AdamW and one cycle for every dataset
     groups = baselines.parameter_groups(net, c.lr, bool(c.weights))

@@ -4,8 +4,8 @@
     python -m experiments.bench --infer       DRU(4), three passes: plain, as predict.py runs it, other runtimes
     python -m experiments.bench --train       a training step of 8 photos: plain, as train.py runs it, recomputed
     python -m experiments.bench --traffic     bytes and launches that the fused kernels save, counted
-    python -m experiments.bench --kernels     time and bandwidth of every kernel; needs a GPU and triton
-    python -m experiments.bench --grow CSV    time and memory against passes, image side and batch
+    python -m experiments.bench --gpu OUT     all that a GPU is needed for, in 9 minutes; gpu.py has the steps
+    python -m experiments.bench --gpu-train OUT
 
 A frame has 230x306 pixels, as in the paper. Times are medians over rounds. A round runs every form once, in
 shuffled order, so whatever slows the machine slows all forms. A ratio is the median of the ratios within rounds.
@@ -13,8 +13,6 @@ The plain form runs twice, as "plain" and "plain, again": how far their ratio is
 """
 
 import argparse
-import csv
-import random
 import re
 import shutil
 import statistics
@@ -24,49 +22,36 @@ import tempfile
 import time
 from pathlib import Path
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 import onnxruntime
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.kernels import print_kernels
+from experiments.gpu import shuffled_rounds, spend_gpu_hour
 from gates_triton import TRANSFERS, FusedNorm, fuse
 from paper.baselines import SYSTEMS, build
 from rurnet import PlainUNet, RecurrentUNet, recurrent_loss
 from support.export import to_onnx
-from support.runtime import Recomputed, Replayed, autocast, for_device, keep_memory
+from support.runtime import Recomputed, for_device, keep_memory
 
 ROOT = Path(__file__).parent.parent
 FRAME = 1, 3, 230, 306
 BATCH = 8, 3, 240, 320
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cpu")
 
 # ---------------------------------------------------------------- measuring
 
 
 def describe_machine():
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{device}, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def timed(call):
     """Milliseconds of one call."""
     began = time.perf_counter()
     call()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - began)
-
-
-def shuffled_rounds(names, rounds):
-    for k in range(rounds):
-        yield from random.Random(k).sample(names, len(names))
 
 
 def compare(forms, rounds, warm=3):
@@ -75,33 +60,22 @@ def compare(forms, rounds, warm=3):
     for call in forms.values():
         for _ in range(warm):
             call()
-    began, used, faults = time.perf_counter(), time.process_time(), page_faults()
     for name in shuffled_rounds(list(forms), rounds):
         times[name].append(timed(forms[name]))
-    cores = (time.process_time() - used) / (time.perf_counter() - began)
     print(f"{'':34}{'ms':>9}{'quartiles':>20}{'times faster':>14}  (median of the rounds' ratios)")
     plain = next(iter(times.values()))
     for name, ms in times.items():
         low, mid, high = statistics.quantiles(ms, n=4)
         ratio = statistics.median(a / b for a, b in zip(plain, ms))
         print(f"{name!s:34}{mid:9.1f}{f'{low:.1f} to {high:.1f}':>20}{ratio:14.2f}")
-    faults = (page_faults() - faults) / rounds / len(forms)
-    print(f"{rounds} rounds, {cores:.2f} cores busy, {faults:.0f} page faults a call\n")
+    print(f"{rounds} rounds\n")
     return {name: statistics.median(ms) for name, ms in times.items()}
 
 
-def page_faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else float("nan")
-
-
 def highest_memory():
-    """The most memory that this process has had, in MB; on a GPU, the most of the GPU's."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+    """The most memory that this process has had, in MB; Linux alone tells."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage would count the parent's peak as well
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if resource else float("nan")
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10 if status.exists() else float("nan")
 
 
 def memory_of(kind, *at):
@@ -165,14 +139,6 @@ def inference_forms(image):
     """{name: call} of DRU(4) with the same weights."""
     plain = plain_dru().eval()
     forms = {"plain": lambda: plain(image), "plain, again": lambda: plain(image)}
-    if DEVICE.type == "cuda":
-        fused = fuse(plain_dru().eval())
-        replayed = Replayed(fused)
-        compiled = torch.compile(plain_dru().eval(), mode="reduce-overhead", dynamic=False)
-        forms |= {"fused": lambda: fused(image), "fused, replayed": lambda: replayed(image)}
-        forms["torch.compile, reduce-overhead"] = lambda: [s.clone() for s in compiled(image)]
-        half = torch.autocast("cuda", torch.bfloat16)
-        return forms | {f"{name}, bf16": half(forms[name]) for name in ("plain", "fused, replayed")}
     last = for_device(plain_dru().eval(), DEVICE)
     forms["channels last"] = lambda: last(image)
     if shutil.which("g++") or shutil.which("clang++"):
@@ -191,13 +157,13 @@ def inference_forms(image):
 
 def compare_cases(cases, rounds, keep=True):
     """Compare the forms of every case {title: forms}; on a CPU once more with memory as predict.py keeps it."""
-    medians, twice = {}, keep and DEVICE.type == "cpu"
+    medians, twice = {}, keep
     for kept in (False, True) if twice else (False,):
         if kept:
             keep_memory()  # the process cannot undo this
         state = "; memory kept, as by predict.py" if kept else "; memory as the C library handles it"
         for title, forms in cases.items():
-            print(f"{describe_machine()}; {title}{state * (DEVICE.type == 'cpu')}")
+            print(f"{describe_machine()}; {title}{state}")
             medians[title] = *medians.get(title, ()), compare(forms, rounds)
     for title, (found, kept) in medians.items() if twice else ():
         ratio = found["plain"] / kept["channels last"]
@@ -207,7 +173,7 @@ def compare_cases(cases, rounds, keep=True):
 
 @torch.inference_mode()
 def compare_inference(rounds):
-    cases, sizes = {}, [(1, 230, 306), (1, 240, 320)] + [(8, 240, 320)] * (DEVICE.type == "cuda")
+    cases, sizes = {}, [(1, 230, 306), (1, 240, 320)]
     for batch, *size in sizes:
         torch.manual_seed(0)
         image = torch.rand(batch, 3, *size, device=DEVICE)
@@ -220,22 +186,7 @@ def compare_inference(rounds):
             off, flipped = (s - want).abs().max(), ((s.argmax(1) != want.argmax(1)) & ~tie).sum()
             print(f"{title}, {name}: logits differ by at most {off:.1e}; {flipped} pixels change class")
     print()
-    medians = compare_cases(cases, rounds)
-    for (title, (times,)), size in zip(medians.items(), sizes) if DEVICE.type == "cuda" else ():
-        least = least_milliseconds(*size)
-        shares = ", ".join(f"{name} {least / ms:.0%}" for name, ms in times.items())
-        print(f"{title}: the fused form needs {least:.3f} ms at least in float32. Share of each form's time: {shares}")
-
-
-def least_milliseconds(batch, *size):
-    """What the fused form's bytes take at the speed of a copy, or its operations at that of a matrix product."""
-    forward = count_traffic(True, batch, size)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        RecurrentUNet()(torch.rand(batch, 3, *size))
-    x, m = torch.rand(2**28, device=DEVICE), torch.rand(8192, 8192, device=DEVICE)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions may
-    copy, product = (statistics.median(timed(f) for _ in range(9)) for f in (x.clone, lambda: m @ m))
-    return max(forward.bytes / (2 * x.nbytes) * copy, counter.get_total_flops() / (2 * 8192**3) * product)
+    compare_cases(cases, rounds)
 
 
 # ---------------------------------------------------------------- --train
@@ -247,9 +198,6 @@ TRAINING = {  # form: the network as it is trained
     "channels last, recomputed": lambda: Recomputed(plain_dru().to(memory_format=torch.channels_last)),
     "U-Net-G, channels last": lambda: PlainUNet().to(DEVICE, memory_format=torch.channels_last),
 }
-if DEVICE.type == "cuda":
-    TRAINING["fused"] = lambda: fuse(plain_dru())
-    TRAINING["fused, recomputed"] = lambda: Recomputed(fuse(plain_dru()))
 
 
 def training_step(form):
@@ -259,8 +207,7 @@ def training_step(form):
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3)
 
     def step():
-        with autocast(DEVICE):
-            loss = recurrent_loss(net(image, 3), truth, 0.4)
+        loss = recurrent_loss(net(image, 3), truth, 0.4)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -336,36 +283,7 @@ def print_traffic():
             print(row + f"{c.launches:10}{c.launches / plain.launches:10.0%}")
 
 
-# ---------------------------------------------------------------- --grow
-
-GROW = {"passes": (1, 2, 3, 4, 6, 8), "side": (128, 192, 256, 384, 512, 768, 1024), "batch": (1, 2, 4, 8, 16, 32)}
-
-
-def call_of(passes, side, batch):
-    """A call as predict.py makes it on a CPU."""
-    net, image = for_device(plain_dru().eval(), DEVICE), torch.rand(batch, 3, side, side, device=DEVICE)
-    return torch.inference_mode()(lambda: net(image, passes))
-
-
-CALLS = {  # kind: what memory_of calls
-    "system": lambda name: system_on_frame(name)[1],
-    "training": training_step,
-    "growth": lambda *at: call_of(*map(int, at)),
-}
-
-
-def measure_growth(path, rounds):
-    """One axis at a time, from 3 passes over one photo of 256x256."""
-    middle = {"passes": 3, "side": 256, "batch": 1}
-    axes = [(axis, value, tuple((middle | {axis: value}).values())) for axis in GROW for value in GROW[axis]]
-    points = sorted({at for *_, at in axes})
-    memory = {at: alone("growth", *at) for at in points}
-    keep_memory()
-    times = compare({at: call_of(*at) for at in points}, rounds, warm=1)
-    where = describe_machine()
-    rows = [[axis, value, f"{times[at]:.1f}", f"{memory[at]:.0f}", where] for axis, value, at in axes]
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["axis", "value", "ms", "MB", "where"], *rows])
+CALLS = {"system": lambda name: system_on_frame(name)[1], "training": training_step}  # kind: what memory_of calls
 
 
 # ---------------------------------------------------------------- the command line
@@ -375,18 +293,19 @@ JOBS = {
     "infer": ("ways to run DRU(4)", lambda c: compare_inference(c.rounds)),
     "train": ("ways to train DRU(4)", lambda c: compare_training(c.rounds)),
     "traffic": ("what the fused kernels save", lambda c: print_traffic()),
-    "kernels": ("what every kernel takes on a GPU", lambda c: print_kernels(describe_machine())),
-    "grow": ("how time and memory grow", lambda c: measure_growth(c.grow, c.rounds)),
+    "gpu": ("tests, profile and times on a GPU", lambda c: spend_gpu_hour(c.gpu)),
+    "gpu_train": ("two trainings on a GPU", lambda c: spend_gpu_hour(c.gpu_train, training=True)),
     "memory": (argparse.SUPPRESS, lambda c: print(memory_of(*c.memory))),  # `alone` passes it
 }
-TAKES = {"grow": {"type": Path, "metavar": "CSV"}, "memory": {"nargs": "+"}}
+OUT = {"type": Path, "metavar": "OUT"}
+TAKES = {"gpu": OUT, "gpu_train": OUT, "memory": {"nargs": "+"}}
 
 
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = cli.add_mutually_exclusive_group(required=True)
     for name, (help, _) in JOBS.items():
-        what.add_argument(f"--{name}", help=help, **TAKES.get(name, {"action": "store_true"}))
+        what.add_argument(f"--{name.replace('_', '-')}", help=help, **TAKES.get(name, {"action": "store_true"}))
     cli.add_argument("--rounds", type=int, default=9, help="timed calls of each form, at least 2")
     c = cli.parse_args()
     if c.rounds < 2:

@@ -25,7 +25,7 @@ def join():
     if gpus:
         torch.cuda.set_device(gpu)
     if "RANK" in os.environ and not distributed.is_initialized():  # torchrun sets it
-        distributed.init_process_group("nccl" if gpus else "gloo")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     return torch.device("cuda", gpu) if gpus else torch.device("cpu")
 
 

@@ -1,11 +1,12 @@
 """How the scripts run a network: the same masks, faster or in less memory; experiments/bench.py measures it."""
 
 import ctypes
+import sys
 from collections import OrderedDict
 from contextlib import nullcontext, suppress
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -47,6 +48,10 @@ class Recomputed(nn.Module):
         return masks
 
 
+def replayed(net, device):
+    return ReplayedNet(net) if device.type == "cuda" else net
+
+
 class ReplayedNet(nn.Module):
     """On a GPU a network as recordings, called as before: net(image, passes), net.start, net.step."""
 
@@ -61,7 +66,7 @@ class Replayed:
     """f(*args) for inference on a GPU from CUDA graphs: a recording of its kernels for each shape of its tensors.
 
     The first call of a shape runs eagerly and the second is recorded, because photos of one size seldom come alone.
-    Where memory is too short, calls run eagerly. Results belong to the caller. Weights may change in place.
+    What cannot be recorded runs eagerly. Results belong to the caller. Weights may change in place.
     """
 
     def __init__(self, f, most=8):
@@ -69,40 +74,73 @@ class Replayed:
 
     @torch.no_grad()
     def __call__(self, *args):
+        return (self.recording_of(args) or self.f)(*args)
+
+    def recording_of(self, args):
         half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
-        plain = [x for x in tree_leaves(args) if not isinstance(x, torch.Tensor)]
-        key = half, *plain, *((x.shape, x.dtype, x.stride()) for x in tensors)
-        if key in self.graphs and self.graphs[key] is None:
-            # Autocast keeps half-precision copies of the weights until its context ends; a graph would outlive them.
-            with torch.autocast("cuda", half, enabled=half is not None, cache_enabled=False):
-                self.graphs[key] = self.record(args)
-        self.graphs[key] = recorded = self.graphs.pop(key, None)  # the latest call stands last
+        about = lambda x: (x.shape, x.dtype, x.stride()) if isinstance(x, torch.Tensor) else x
+        key = half, *map(about, tree_leaves(args))
+        seen, recording = key in self.graphs, self.graphs.pop(key, None)
+        if seen and recording is None:
+            stream = torch.cuda.current_stream()
+            try:
+                torch.clear_autocast_cache()  # so that the recording casts the weights itself, once
+                recording = self.record(args)
+            except RuntimeError as error:  # memory is too short, or an operator cannot be recorded
+                print(f"runs without a CUDA graph: {(str(error).splitlines() or ['?'])[0]}", file=sys.stderr)
+                torch.cuda.set_stream(stream)
+                recording = False  # so that no later call tries again
+            torch.clear_autocast_cache()  # its half-precision weights may lie in the recording's memory
+        self.graphs[key] = recording  # the latest call stands last
         if len(self.graphs) > self.most:
             self.graphs.popitem(last=False)
-        if recorded is None:
-            return self.f(*args)
-        graph, inputs, results = recorded
-        for kept, x in zip(inputs, tensors):
-            kept.copy_(x)
-        graph.replay()
-        return tree_map(torch.clone, results)
+        return recording
 
     def record(self, args):
-        """A graph of f(*args), the tensors that it reads, and those that it writes; None where memory is too short."""
-        try:
-            with torch.inference_mode(False):  # tensors made inside inference mode could not be written to outside
-                args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, args)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):  # kernels compile and cuDNN chooses here, which must not happen while recording
-                    self.f(*args)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all, as they never run at the same time
-            with torch.cuda.graph(graph, pool=self.pool):
-                results = self.f(*args)
-        except torch.OutOfMemoryError:
-            return None
-        return graph, [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)], results
+        with torch.inference_mode(False):  # tensors made inside inference mode could not be written to outside
+            args = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, args)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # kernels compile and cuDNN chooses here, which must not happen while recording
+                self.f(*args)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all, as they never run at the same time
+        torch.clear_autocast_cache()
+        with torch.cuda.graph(graph, pool=self.pool):
+            results = self.f(*args)
+
+        def replay(*new):
+            for kept, x in zip(tree_leaves(args), tree_leaves(new)):
+                if isinstance(x, torch.Tensor):
+                    kept.copy_(x)
+            graph.replay()
+            return tree_map(torch.clone, results)
+
+        return replay
+
+
+class Graphed(nn.Module):
+    """Trains from two CUDA graphs, of forward and of backward; the loss, its check and the optimiser stay outside.
+    On CPUs, of several processes, and where a batch norm would notice the recording, the network runs as it is."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.graphs = net, TrainingGraphs(net)
+        self.wanted = torch.cuda.is_available() and not any(True for _ in net.buffers())
+
+    def forward(self, image, passes):
+        wanted = self.wanted and self.training and not distributed.is_initialized()
+        return ((self.graphs.recording_of((image, passes)) if wanted else None) or self.net)(image, passes)
+
+
+class TrainingGraphs(Replayed):
+    def record(self, args):
+        image, passes = args
+        bound = nn.ModuleList([self.f])  # has the parameters, which PyTorch looks for
+        bound.forward = lambda image: tuple(self.f(image, passes))
+        half = dict(dtype=torch.get_autocast_dtype("cuda"), enabled=torch.is_autocast_enabled("cuda"))
+        with torch.autocast("cuda", cache_enabled=False, **half):  # PyTorch refuses to record with that cache
+            graphed = torch.cuda.make_graphed_callables(bound, (torch.rand_like(image),))
+        return lambda image, passes: list(graphed(image))

@@ -21,9 +21,11 @@ import gates_triton as gates
 SM_80, SM_90, GFX942 = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
 GATES = gates._update_fwd, gates._update_bwd, gates._reset_fwd, gates._reset_bwd
 NORMS = gates._norm_sums, gates._norm_fwd, gates._norm_bwd_sums, gates._norm_bwd
+GROUPS = gates._group_fwd, gates._group_bwd
 LARGE = "x_ptr", "g_ptr", "out_ptr", "dx_ptr"  # as large as a photo; the other tensors of a norm are float32
-CONSTANTS = dict(BLOCK=gates.BLOCK, SPAN=gates.SPAN, RELU=True, EPS=1e-5, SPLITS=128, PARTS=128)
-LARGEST = dict(SPAN=8 * gates.SPAN, SPLITS=256, PARTS=256)  # what a photo of 8 megapixels needs
+CONSTANTS = dict(BLOCK=gates.BLOCK, SPAN=gates.SPAN, RELU=True, EPS=1e-5, SPLITS=128, WIDTH=8, PIXELS=2048)
+MOST = {gates._norm_sums: 23, gates._norm_fwd: 25, gates._norm_bwd_sums: 45, gates._norm_bwd: 45,
+        gates._group_fwd: 40, gates._group_bwd: 60}  # instructions of an element; of _group_* they include the sums
 
 
 def built_for_gpu(kernel, dtype, target, none=(), n_type="i32", n_even=True, warps=4, **constants):
@@ -35,7 +37,7 @@ def built_for_gpu(kernel, dtype, target, none=(), n_type="i32", n_even=True, war
             signature[name], constexprs[i,] = "constexpr", constants.get(name)
         else:
             size = name in ("n", "HW", "M", "groups", "width")
-            small = kernel in NORMS and name not in LARGE and dtype != "fp64"
+            small = kernel not in GATES and name not in LARGE and dtype != "fp64"
             signature[name] = n_type if name == "n" else "i32" if size else "*fp32" if small else f"*{dtype}"
             if not size or n_even and name not in ("groups", "width"):
                 attrs[i,] = [["tt.divisibility", 16]]
@@ -49,6 +51,10 @@ def nvidia_tool(name, option, built):
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
         return subprocess.check_output([tool, option, file.name], text=True, stderr=subprocess.STDOUT)
+
+
+def instructions(built):
+    return len(re.findall(r"^ +/[*][0-9a-f]{4,5}[*]/(?! *NOP)", nvidia_tool("nvdisasm", "-c", built), re.M))
 
 
 def spilled(built):
@@ -68,8 +74,7 @@ def check_gates():
         for dtype in "fp32", "bf16":
             built = built_for_gpu(kernel, dtype, SM_90)
             code = nvidia_tool("nvdisasm", "-c", built)
-            instructions = len(re.findall(r"^ +/[*][0-9a-f]{4}[*]/", code, re.M)) / 8  # a thread has 8 elements
-            assert instructions < 70, (kernel, dtype)  # with more, bf16 waits for arithmetic
+            assert instructions(built) / 8 < 70, (kernel, dtype)  # a thread has 8 elements; bf16 has time for 70
             loads_and_stores = set(re.findall("(?:LDG|STG)[.][A-Z0-9.]*", code))
             assert loads_and_stores == {"LDG.E.128", "STG.E.128"}, (kernel, dtype)  # each moves 16 bytes
             assert not spilled(built), (kernel, dtype)
@@ -85,17 +90,22 @@ def check_gates():
 
 
 def check_norms():
-    for kernel in NORMS:
-        sums = kernel in (gates._norm_sums, gates._norm_bwd_sums)
+    """H200: 7.8 instructions take the time of a byte. A norm moves 4 or 8 bytes forward, 6 or 12 backward and g's sums."""
+    for kernel in NORMS + GROUPS:
+        warps = 16 if kernel in GROUPS else 4  # a thread has 32 elements either way
+        how = {} if kernel in GROUPS else dict(BLOCK=gates.SPAN)
         for dtype in "fp32", "bf16":
-            built = built_for_gpu(kernel, dtype, SM_90)
-            wide = set(re.findall("(?:LDG|STG)[.]E[.]128", nvidia_tool("nvdisasm", "-c", built)))
-            assert wide == ({"LDG.E.128"} if sums else {"LDG.E.128", "STG.E.128"}), (kernel, dtype)
-            assert not spilled(built), (kernel, dtype)
-        assert not spilled(built_for_gpu(kernel, "fp64", SM_80, n_even=False)), kernel
-        largest = spilled(built_for_gpu(kernel, "fp32", SM_90, warps=32 if sums else 4, **LARGEST))
-        # Known and accepted: 1024 threads have 64 registers each, and this kernel keeps 32 elements of x and of g.
-        assert 0 < largest <= 64 if kernel is gates._norm_bwd_sums else largest == 0, (kernel, largest)
+            for even in True, False:
+                built = built_for_gpu(kernel, dtype, SM_90, n_even=even, warps=warps, **how)
+                assert instructions(built) / 32 <= MOST[kernel], (kernel, dtype, even, instructions(built) / 32)
+                assert not spilled(built), (kernel, dtype, even)
+                wide = set(re.findall("(?:LDG|STG)[.]E[.]128", nvidia_tool("nvdisasm", "-c", built)))
+                want = {"LDG.E.128"} if kernel in NORMS[::2] else {"LDG.E.128", "STG.E.128"}
+                assert wide == (want if even else set()), (kernel, dtype)
+        half = dict(PIXELS=1024) if kernel in GROUPS else how  # a group of float64 is half as large
+        assert not spilled(built_for_gpu(kernel, "fp64", SM_80, n_even=False, warps=warps, **half)), kernel
+        large = how and dict(how, SPAN=64 * gates.SPAN, SPLITS=256)  # of a photo of 8 megapixels and more
+        assert not spilled(built_for_gpu(kernel, "fp32", SM_90, n_even=False, warps=warps, **large)), kernel
         check_amd(kernel, "global_load_dwordx4")
         # A photo's start is at pointer + int64, multiplied as int64. Within a group int32 suffices.
         code = built_for_gpu(kernel, "fp16", SM_90).asm["ttir"]
@@ -112,9 +122,11 @@ def check_passes():
     for kernel, name in zip(GATES, gates.TRANSFERS):  # in this order, before those of the norm
         assert traffic(built_for_gpu(kernel, "fp32", SM_90))[1] == gates.TRANSFERS[name][0], name
 
-    # Photo-sized tensors of a norm: x to sum up; x and y; g and x to sum up; g, x and dx.
+    # Photo-sized tensors of a norm: x to sum up; x and y; g and x to sum up; g, x and dx; x and y; g, x and dx.
     # The other loads and stores are weight, bias, and two or four partial sums.
-    for kernel, loads, stores, large in zip(NORMS, (1, 5, 6, 9), (2, 1, 2, 1), (1, 2, 2, 3), strict=True):
+    # _norm_sums has two loads of x in its code, for the first block and for the others.
+    counts = (2, 5, 6, 9, 3, 4), (2, 1, 2, 1, 1, 3), (2, 2, 2, 3, 2, 3)
+    for kernel, loads, stores, large in zip(NORMS + GROUPS, *counts, strict=True):
         built = built_for_gpu(kernel, "fp16", SM_90)
         assert traffic(built) == (loads, loads + stores), kernel
         assert len(re.findall("tt.load.*<f16>|tt.store.*<f16>", built.asm["ttir"])) == large, kernel

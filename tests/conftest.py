@@ -28,6 +28,7 @@ from paper.baselines import build
 from support.checkpoints import read_checkpoint, save
 
 HERE = Path(__file__).parent.parent
+torch.cuda.device_count = lambda: 0  # train.py then takes the CPU: runs are compared bit for bit
 law = settings(deadline=None, max_examples=25)
 FUZZ = settings(law, max_examples=int(os.environ.get("FUZZ", 25)), suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 2**31 - 1)
@@ -119,7 +120,8 @@ def raising(error):
 
 def process(*args, **environment):
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HERE, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HERE,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

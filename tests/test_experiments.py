@@ -1,9 +1,12 @@
 """What experiments/ measures, trains, writes and draws."""
 
 import ast
+import contextlib
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ import gates_triton
 import train
 from data import open_dataset
 from evaluate import evaluate_split, load
-from experiments import ablations, bench, evidence, figures, tables, video
+from experiments import ablations, bench, evidence, figures, gpu, tables, video
 from rurnet import RecurrentUNet
 
 SCRIPTS |= {f"experiments.{m.__name__.split('.')[1]}": m for m in (ablations, evidence, figures, tables, video)}
@@ -42,6 +45,54 @@ def test_every_form_of_bench_returns_the_same_logits(monkeypatch, capsys):
     bench.compare_inference(1)
     found = re.findall(r"differ by at most (\S+); (\d+) pixels", capsys.readouterr().out)
     assert found and all(float(off) < 3e-4 and pixels == "0" for off, pixels in found)
+
+
+def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
+    """Stand-ins for the device, its clock and the processes. What is printed and in which order is real."""
+    fake, nothing = MagicMock(), lambda *_, **__: None
+    fake.Event.return_value.elapsed_time = lambda end: 1.0
+    fake.memory_allocated.return_value = fake.max_memory_allocated.return_value = 2**20
+    monkeypatch.setattr(gpu, "cuda", fake)
+    monkeypatch.setattr(torch, "compile", lambda f, **how: f)
+    monkeypatch.setattr(torch.compiler, "reset", nothing)
+    monkeypatch.setattr(gates_triton, "_runs_triton", lambda x: False)
+    small = dict(DEVICE=torch.device("cpu"), WARM=0, ROUNDS=2, MEGABYTES=(64, 512), MEGABYTE=2**9)
+    same = dict(Replayed=lambda net: net, Graphed=lambda net: net, autocast_to=lambda dtype: contextlib.nullcontext())
+    for name, value in (small | same | dict(SIZES=((1, 3, 16, 17), (2, 3, 16, 16)))).items():
+        monkeypatch.setattr(gpu, name, value)
+    kernel = SimpleNamespace(device_type=torch.autograd.DeviceType.CUDA, self_device_time_total=5, count=2, key="conv")
+    monkeypatch.setattr(gpu, "profile", MagicMock())
+    gpu.profile.return_value.__enter__.return_value.key_averages.return_value = [kernel] * 12
+    ran = []
+
+    def run_here(command, stdout, timeout=None, **how):
+        ran.append(command[-1])
+        if ran[-1] == "training" and timeout == 1:
+            raise gpu.subprocess.TimeoutExpired(command, timeout)
+        if ran[-1] in gpu.STEPS:
+            with contextlib.redirect_stdout(stdout):
+                gpu.STEPS[ran[-1]][1]()
+        return SimpleNamespace(returncode=0, stdout="9 passed")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run_here)
+    for sanitizer in None, "/bin/compute-sanitizer":
+        monkeypatch.setattr(shutil, "which", lambda name, at=sanitizer: at)
+        gpu.spend_gpu_hour(tmp_path)
+    text = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
+    assert list(dict.fromkeys(ran)) == ["device", "tests", "gate or norm or unit or network", "memcheck", "profile",
+                                        "kernels", "network", "training", "edges_of_a_block and reset"]  # fmt: skip
+    assert all(part.endswith(" s\n") and "status 0" in part for part in text.values()) and len(text) == len(gpu.STEPS)
+    assert text["profile"].count("kernels\n") == 16 and text["profile"].count("conv") == 160
+    assert text["kernels"].count("of a copy") == 2 * 2 * (4 * 2 * 3 + 2 + 4 * 2)
+    assert text["network"].count("x   ") == 4 * 8 and text["training"].count("1.000x") == 2 * 7
+    assert sum(seconds for seconds, _ in gpu.STEPS.values()) <= 540
+    monkeypatch.setattr(gpu, "STEPS", {"training": (1, nothing)})
+    gpu.spend_gpu_hour(tmp_path / "late")
+    assert "stopped at its limit" in (tmp_path / "late/training.txt").read_text()
+    gpu.spend_gpu_hour(tmp_path / "train", training=True)
+    assert {path.name for path in (tmp_path / "train").iterdir()} == {"dru.txt", "unet-g.txt"}
+    fake.is_available.return_value = False
+    assert run("experiments.bench", "--gpu", tmp_path).returncode == run("experiments.bench", "--gpu-train", tmp_path).returncode == 1
 
 
 def test_bench_counts_what_the_fused_kernels_save(monkeypatch):

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -407,20 +408,20 @@ def graphs(monkeypatch):
     """What Replayed records, without a GPU: a fake graph reads and writes the same tensors at every replay."""
     made, copy = [], lambda tree: tree_map_only(torch.Tensor, torch.clone, tree)
 
-    class FakeGraph:
-        def __init__(self, f, args):
-            self.f, self.args, self.results = f, copy(args), copy(f(*args))
-            made.append(self)
-
-        def replay(self):
-            for still, x in zip(tree_leaves(self.results), tree_leaves(self.f(*self.args))):
-                still.copy_(x)
-
     def record(self, args):
-        graph = FakeGraph(self.f, args)
-        return graph, [x for x in tree_leaves(graph.args) if isinstance(x, torch.Tensor)], graph.results
+        args = copy(args)
+        results = copy(self.f(*args))
+        made.append(self)
+
+        def replay(*new):
+            for old, x in zip(tree_leaves((args, results)), tree_leaves((new, self.f(*new)))):
+                old.copy_(x) if isinstance(x, torch.Tensor) else None
+            return copy(results)
+
+        return replay
 
     monkeypatch.setattr(runtime.Replayed, "record", record)
+    monkeypatch.setattr(torch, "cuda", MagicMock(OutOfMemoryError=torch.OutOfMemoryError))
     return made
 
 
@@ -446,6 +447,39 @@ def test_a_replayed_call_or_network_is_recorded_the_second_time(graphs):
             torch.testing.assert_close(replayed.step(image, state), net.step(image, state))
             state = net.step(image, state)[1]
     assert len(graphs) == 6 and not hasattr(runtime.ReplayedNet(PlainUNet()), "step")
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_is_tried_once(graphs, monkeypatch, capsys):
+    replayed = runtime.Replayed(lambda x: 2 * x)
+    monkeypatch.setattr(runtime.Replayed, "record", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    assert [replayed(torch.tensor(k)).item() for k in (1, 2, 3, 4)] == [2, 4, 6, 8]
+    assert capsys.readouterr().err == "runs without a CUDA graph: CUDA out of memory\n"
+    torch.cuda.set_stream.assert_called_once_with(torch.cuda.current_stream())  # a failed capture leaves another
+
+
+def test_training_is_recorded_at_the_second_batch_of_a_shape(graphs, monkeypatch):
+    """A stand-in for PyTorch's recorder says what it is given. Its networks must learn as others do."""
+    torch.cuda.make_graphed_callables.side_effect = lambda f, args: graphs.append((f, args[0].shape)) or f.forward
+    net, other = RecurrentUNet(width=2), PlainUNet(width=2)
+    graphed, normed = runtime.Graphed(net), runtime.Graphed(baselines.build("unet-b", 2))
+    for image in torch.randn(3, 2, 3, 20, 17):
+        masks = graphed(image, 2)
+        torch.testing.assert_close(masks, net(image, 2))
+        assert type(masks) is list and masks[-1].requires_grad
+        normed(image, 2)
+    ((recorded, shape),) = graphs  # a batch norm is not recorded, as warming up would move its means
+    assert shape == (2, 3, 20, 17) and {*recorded.parameters()} == {*net.parameters()}
+    graphed.eval()(image[:1], 2), graphed(image[:1], 2)
+    assert len(graphs) == 1 and runtime.Graphed(other).state_dict().keys() == {f"net.{k}" for k in other.state_dict()}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_training_from_cuda_graphs_is_training():
+    net = runtime.for_device(RecurrentUNet(), torch.device("cuda"))
+    graphed = runtime.Graphed(net)
+    for image in torch.randn(4, 2, 3, 40, 56, device="cuda"):
+        found = [torch.autograd.grad(sum(s.square().mean() for s in f(image, 3)), [*net.parameters()]) for f in (graphed, net)]
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
