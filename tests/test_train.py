@@ -193,7 +193,7 @@ MISTAKES = [  # what follows `train.py --data {at}/photos --out {tmp}`, and word
     ("--weights {at}/run/best.pt", "dru has no pretrained encoder"),
     ("--model dru-vgg16 --weights {tmp}/absent.pth", "absent.pth: "),
     ("--data {wrong}/fewer --out {at}/run --resume", "{wrong}/fewer: its photos or classes have changed since"),
-    ("--out {wrong}/odd --resume", "last.pt: does not hold what it describes ('optimiser')"),
+    ("--out {wrong}/odd --resume", "last.pt: is no last.pt; it lacks optimiser, schedule"),
     *((flags, f"{flags}: must be from ") for flags in OUTSIDE.split(", ")),
 ]
 
@@ -298,7 +298,7 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, short, tmp_path, monkeyp
 ])  # fmt: skip
 def test_a_run_ends_with_one_sentence_but_for_our_own_errors(monkeypatch, error, world, status):
     monkeypatch.setattr(processes, "rank_and_world", lambda: (0, world))
-    with pytest.raises(SystemExit if status else type(error)) as ended, processes.one_ending():
+    with pytest.raises(SystemExit if status else type(error)) as ended, processes.one_ending("train.py"):
         raise error
     got = ended.value.code if status else None
     assert got == status or got.startswith(status) and "\n" not in got
