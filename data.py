@@ -29,8 +29,8 @@ import torch
 from PIL import Image, ImageEnhance
 
 from paper import datasets
-from support.pictures import (MEAN, SPLITS, TURN, VOID, Found, by_stem, has, normalise, open_stored, read_labels,
-                              read_list, read_photo, resize, unreadable)  # fmt: skip
+from support.pictures import (MEAN, SPLITS, VOID, Found, by_stem, has, normalise, open_picture, read_labels,
+                              read_list, read_photo, resize)  # fmt: skip
 from support.processes import one_ending
 from support.toy import draw_set
 
@@ -165,28 +165,20 @@ def inspect_pair(pair):
     """A photo's size, how often its mask holds each value, a fingerprint of both, and notes. Or what is wrong."""
     _, photo, mask, read = pair
     try:
-        head, notes = open_stored(photo), []
-        try:
-            turn = head.getexif().get(TURN, 1)
-            width, height = head.size[::-1] if turn in (5, 6, 7, 8) and head.format != "TIFF" else head.size
-            head.draft("RGB", (64, 64))  # a JPEG decodes at an eighth of the size
-            head.load()
-        except Exception as error:  # as in open_picture
-            raise unreadable(photo, error) from None
-        if head.mode == "RGBA" and head.getextrema()[3] != (255, 255):
-            notes.append("have a fourth band, which is not read")
-        labels = read() if read else read_labels(mask)
-        if not read and turn != (tag := open_stored(mask).getexif().get(TURN, 1)):
-            notes.append(f"are stored in EXIF's turn {turn} and their masks in {tag}; do the masks fit the upright photos?")
-        elif turn != 1:
-            notes.append("are turned upright by EXIF")
-        (h, w), smallest, largest = labels.shape, labels.min(), labels.max()
+        picture, labels, notes = open_picture(photo, small=True), read() if read else read_labels(mask), []
+        (width, height), (h, w), smallest, largest = picture.whole, labels.shape, labels.min(), labels.max()
         if (w, h) != (width, height):
             raise ValueError(f"{mask}: is {w}x{h}, its photo is {width}x{height}; they must match pixel by pixel")
         if min(w, h) < 16:
             raise ValueError(f"{photo}: is {w}x{h}; it must be at least 16x16")
         if smallest < 0 or largest > 255:
             raise ValueError(f"{mask}: holds values from {smallest} to {largest}; they must be 0 to 255")
+        if picture.mode == "RGBA" and picture.getextrema()[3] != (255, 255):
+            notes.append("have a fourth band, which is not read")
+        if picture.turn != 1:
+            same = not read and open_picture(mask, small=True).turn == picture.turn
+            notes.append("are turned by EXIF, and so are their masks" if same else
+                         "are turned by EXIF, but their masks are not; do these fit the upright photos?")  # fmt: skip
         labels = labels.astype(np.uint8)
         both = hashlib.blake2b(photo.read_bytes() + labels.tobytes(), digest_size=8).hexdigest()
         return (w, h), np.bincount(labels.ravel(), minlength=256), both, notes
@@ -195,10 +187,11 @@ def inspect_pair(pair):
 
 
 def differences(before, now):
-    """In words, between two fingerprints."""
-    kinds = {"gone": before.keys() - now.keys(), "new": now.keys() - before.keys(),
-             "changed": {name for name in before.keys() & now.keys() if before[name] != now[name]}}  # fmt: skip
-    return "; ".join(f"{len(names)} {what}, {min(names)} among them" for what, names in kinds.items() if names)
+    """Between two fingerprints, in words."""
+    gone, new = before.keys() - now.keys(), now.keys() - before.keys()
+    changed = {name for name, _ in before.items() ^ now.items()} - gone - new
+    kinds = {"gone": gone, "new": new, "changed": changed}
+    return "; ".join(f"{len(names)} {what}: {min(names)}, ..." for what, names in kinds.items() if names) or "the order or the classes"
 
 
 def find_classes(found, mask_of):

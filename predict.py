@@ -39,7 +39,7 @@ def overlay(photo, mask):
     """The photo with its background dimmed and each class tinted and outlined, at most 2,000 pixels a side."""
     if max(photo.size) > 2000:
         photo = ImageOps.contain(photo, (2000, 2000))
-        mask = np.asarray(Image.fromarray(mask).resize(photo.size, Image.NEAREST))
+        mask = np.array(Image.fromarray(mask).resize(photo.size, Image.NEAREST))
     pixels = np.asarray(photo, np.float32)
     grey = pixels.mean(2, keepdims=True) * 0.35 + pixels * 0.25
     pixels = np.where(mask[..., None] > 0, 0.75 * pixels + 0.25 * COLOURS[(mask - 1) % 6], grey)

@@ -18,7 +18,6 @@ if __name__ == "__main__":
     from support import terminal  # noqa: F401  (before torch)
 
 import argparse
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from evaluate import Segmenter, draw_samples, evaluate_split, load, print_table,
 from paper import baselines
 from rurnet import VOID, recurrent_loss
 from support import processes
-from support.checkpoints import PARTS, PROGRESS, one_sentence, read_checkpoint, refuse_taken, save, write_log
+from support.checkpoints import PARTS, PROGRESS, one_sentence, read_checkpoint, save, write_log
 from support.processes import print_once
 from support.runtime import Recomputed, autocast, for_device
 
@@ -112,8 +111,7 @@ def train(c, net=None, folder=None):
     """Train by a Config and write best.pt and last.pt into its --out; return what `data.survey` finds in c.data, or
     `folder`. `net` is a network of your own, which `evaluate.load` then needs too."""
     device, out = processes.join(), Path(c.out)
-    with processes.exclusive(out):
-        refuse_taken(out, c.resume)
+    with processes.exclusive(out, c.resume):
         folder = folder or survey(c.data, c.void)
         learn(c, net, folder, device)
     return folder
@@ -156,10 +154,11 @@ def learn(c, net, folder, device):
     weights = {"model": net, "ema": ema.module}
     everything = weights | {"optimiser": optimiser, "schedule": schedule}
     if c.resume:
-        changed = differences(state["photos"], about["photos"])
-        if (state["classes"], [*state["photos"].items()]) != (about["classes"], [*about["photos"].items()]):
+        before, now = ((d["classes"], [*d["photos"].items()]) for d in (state, about))
+        if before != now:
+            changed = differences(state["photos"], about["photos"])
             raise ValueError(f"{c.data}: its photos or classes have changed since {out}/last.pt ({changed}); put them "
-                             f"back, or begin a new run with what it learned: --start {out}/best.pt")  # fmt: skip
+                             f"back, or begin a new run with its weights: --start {out}/last.pt")  # fmt: skip
         with one_sentence(out / "last.pt"):
             for name, part in everything.items():
                 part.load_state_dict(state[name])
@@ -238,12 +237,11 @@ def test(c, folder):
     if processes.rank_and_world()[0] == 0:
         print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {path}", folder.names)
         samples = path.parent / "samples.png"
-        if c.evaluate and samples.exists():
-            return  # the run's own
         try:
-            draw_samples(model, photos, samples)
-        except ValueError as error:
-            print(f"train.py: {error}", file=sys.stderr)
+            if not (c.evaluate and samples.exists()):  # there it is the run's own
+                draw_samples(model, photos, samples)
+        except ValueError as error:  # a folder that may not be written
+            print_once(error)
 
 
 def main():

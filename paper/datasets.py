@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import numpy as np
 from PIL import Image, ImageDraw
 
-from support.pictures import SPLITS, VOID, Found, by_stem, has, open_picture, open_stored, read_list
+from support.pictures import SPLITS, VOID, Found, by_stem, has, open_picture, read_list
 
 
 def read_bright(path):
@@ -40,7 +40,7 @@ def load_polygons(path):
 
 def read_polygons(photo, mat, i):
     """The pixels inside any of the hands that the i-th entry outlines."""
-    mask = Image.new("L", open_stored(photo).size)
+    mask = Image.new("L", open_picture(photo, small=True).whole)
     for hand in "myleft", "myright", "yourleft", "yourright":
         outline = load_polygons(mat)[i][hand]
         if outline.ndim == 2 and outline.shape[1] == 2 and len(outline) > 2:  # an unseen hand is empty

@@ -14,37 +14,32 @@ ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".ti
 FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # no other: to open an EPS, Pillow runs Ghostscript
 SPLITS = ("train", "val", "test")
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of ImageNet, by custom
-TURN = 0x0112  # EXIF's tag
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of 90 megapixels; above 179 Pillow refuses
 
 
-def open_stored(path):
-    """The picture as Pillow opens it, without its pixels. ValueError names a file that cannot be read."""
+def open_picture(path, small=False):
+    """The picture, upright: `turn` is its EXIF tag, `whole` its size. A `small` JPEG is decoded at an eighth of that.
+    ValueError names a file that cannot be read."""
     try:
         if not path.is_file():
             raise ValueError("not a file")  # reading a named pipe would wait forever
         picture = Image.open(path, formats=FORMATS)
         if picture.mode == "F":
             raise ValueError("floating-point values of unknown range")
-        return picture
-    except Exception as error:  # a broken file raises any of a dozen kinds of exception in Pillow
-        raise unreadable(path, error) from None
-
-
-def open_picture(path):
-    """The picture, turned upright by its EXIF tag."""
-    picture = open_stored(path)
-    try:
+        turn, (w, h) = picture.getexif().get(0x0112, 1), picture.size
+        if small:
+            picture.draft("RGB", (64, 64))
         ImageOps.exif_transpose(picture, in_place=True)
         picture.load()
+        sideways = turn in (5, 6, 7, 8) and picture.format != "TIFF"  # of a TIFF Pillow turns the size itself
+        picture.turn, picture.whole = turn, (h, w) if sideways else (w, h)
         return picture
-    except Exception as error:
-        raise unreadable(path, error) from None
+    except Exception as error:  # a broken file raises any of a dozen kinds of exception in Pillow
+        raise unreadable(path, error or type(error).__name__) from None
 
 
-def unreadable(path, error):
-    what = error or type(error).__name__
-    return ValueError(f"{path}: cannot be read as a picture ({what}); save it again as JPEG or PNG")
+def unreadable(path, why):
+    return ValueError(f"{path}: cannot be read as a picture ({why}); save it again as JPEG or PNG")
 
 
 def read_photo(path):

@@ -5,19 +5,19 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from support.checkpoints import first_line
+from support.checkpoints import first_line, refuse_taken
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-locked = []  # descriptors of the folders that this process holds
+held = []  # the descriptor of the folder that this process holds
 
 
 def rank_and_world():
@@ -38,32 +38,26 @@ def join():
 
 
 @contextmanager
-def exclusive(out):
+def exclusive(out, resume):
     """Hold a run's folder against other runs. The system frees it when this process ends, even killed."""
     if out.is_file():
         raise ValueError(f"--out {out}: is a file; it must be a folder")
-    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    if fcntl and rank_and_world()[0] == 0:
-        locked.append(os.open(out, os.O_RDONLY))
-        try:
-            fcntl.flock(locked[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another run is writing there; wait for its end, or name another --out") from None
-        except OSError:
-            print(f"{out}: this disk has no locks; start no second run there", file=sys.stderr)
     try:
+        if fcntl and rank_and_world()[0] == 0:
+            held.append(os.open(out, os.O_RDONLY))
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refuse_taken(out, resume)
         yield
+    except BlockingIOError:
+        raise ValueError(f"{out}: another run is writing there; wait for its end, or name another --out") from None
     finally:
         release()
-        with suppress(OSError):
-            if new:
-                out.rmdir()  # which fails where a run has begun
 
 
 def release():
-    while locked:
-        os.close(locked.pop())
+    while held:
+        os.close(held.pop())
 
 
 def share(net, batch):
@@ -142,7 +136,8 @@ class Interrupts:
     def leave(self, where, data, out):
         gather_from_processes()  # wait until the first has saved: torchrun ends all processes when one ends
         again = shlex.join(["python", "train.py", "--data", data, "--out", str(out), "--resume"])
-        again = "the same torchrun command with --resume" if rank_and_world()[1] > 1 else again
+        if rank_and_world()[1] > 1:
+            again = "the same torchrun command with --resume"
         print_once(f"stopped after {where}, all is saved; {again} goes on", file=sys.stderr)
         sys.exit(128 + (self.seen or signal.SIGTERM))
 
