@@ -65,7 +65,7 @@ def read_matching(path, parts=PARTS, net=None):
             raise ValueError("its network is larger than the file")
         for name, x in weights.items():
             if x.dtype != types[name] or not x.isfinite().all():
-                raise ValueError(f"{name} is {x.dtype}, not finite {types[name]}")
+                raise ValueError(f"{name} is {'not finite' if x.dtype == types[name] else x.dtype}")
     return content, net
 
 

@@ -94,12 +94,12 @@ def mask_one(model, path, carried, outputs):
         mask, carried[0] = segment_frame(model, photo, carried[0], to_classes)
     else:
         (mask,) = segment(model, photo, every=False, enlarge=to_classes)
-    mark = PngInfo()
+    mark, drawn = PngInfo(), overlay(photo, mask)
     mark.add_text("Software", MARK)
     with new_file(outputs[0]) as file:
         Image.fromarray(mask * np.uint8(255 if model.classes == 2 else 1)).save(file, "PNG", pnginfo=mark)
     with new_file(outputs[1]) as file:
-        overlay(photo, mask).save(file, "JPEG", quality=92, comment=MARK)
+        drawn.save(file, "JPEG", quality=92, comment=MARK)
 
 
 def mask_all(args):

@@ -163,7 +163,9 @@ def learn(c, net, folder, device):
             for name, part in everything.items():
                 part.load_state_dict(state[name])
             log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
-        ema.n_averaged.fill_(schedule.last_epoch)
+            ema.n_averaged.fill_(schedule.last_epoch)
+            if [row["epoch"] for row in log] + [done] != [*range(1, len(log) + 1), schedule.last_epoch - len(log) * steps]:
+                raise ValueError("log, done and schedule disagree")
 
     def save_as(name, parts):
         progress = {"log": log, "best": best, "done": done, "total": total}

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import data
 import train
-from evaluate import evaluate_split, load, scores
+from evaluate import draw_samples, evaluate_split, load, scores
 from paper import baselines
 from rurnet import PlainUNet, RecurrentUNet
 from support import processes, runtime
-from support.checkpoints import read_checkpoint, save
+from support.checkpoints import FILES, read_checkpoint, save, write_log
+from support.export import export
 from train import Config, parse
 
 
@@ -292,6 +293,8 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, short, tmp_path, monkeyp
     (ValueError("Caught ValueError in worker 0.\n  trace\nValueError: a.png: gone"), 1, "train.py: ValueError: a.png"),
     (MemoryError(), 1, "train.py: out of memory; a smaller --batch, --crop or --size takes less, and so does"),
     (torch.OutOfMemoryError("CUDA out of memory\nmore"), 1, "train.py: CUDA out of memory; a smaller --batch"),
+    (RuntimeError("could not create a primitive"), 1, "train.py: could not create a primitive; a smaller --batch"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "train.py: DataLoader worker (pid 7) is"),
     (RuntimeError("[gloo] connection closed\nmore"), 2, "train.py: [gloo] connection closed; did another process end?"),
     (RuntimeError("[gloo] connection closed"), 1, None),  # of one process, so an error of our own
     (RuntimeError("CUDA error: an illegal memory access was encountered"), 2, None),
@@ -304,14 +307,90 @@ def test_a_run_ends_with_one_sentence_but_for_our_own_errors(monkeypatch, error,
     assert got == status or got.startswith(status) and "\n" not in got
 
 
+WRITERS = {  # all that writes a file
+    "checkpoint": lambda path, best: save(path, {"a": torch.zeros(3)}),
+    "log.csv": lambda path, best: write_log([{"epoch": 1, "loss": 1.0, "mIoU_1": 0.5}], path.parent),
+    "samples": lambda path, best: draw_samples(load(best), data.open_dataset(best.parents[1] / "photos", "test"), path),
+    "network": lambda path, best: export(load(best), path),
+}
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, error):
-    path = tmp_path / "last.pt"
-    save(path, {"a": torch.ones(3)})
-    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"half") and raising(error)())
-    with pytest.raises(ValueError, match="last.pt: could not be written .*its previous content is intact"):
-        save(path, {"a": torch.zeros(3)})
-    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3)) and [*tmp_path.iterdir()] == [path]
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_what_was_there(trained, tmp_path, monkeypatch, name, error):
+    (tmp_path / name).write_text("before")
+    monkeypatch.setattr(os, "fsync", raising(error))
+    with pytest.raises(ValueError, match=f"{name}: could not be written .*its previous content is intact"):
+        WRITERS[name](tmp_path / name, trained[0] / "run/best.pt")
+    assert (tmp_path / name).read_text() == "before" and [*tmp_path.iterdir()] == [tmp_path / name]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such locks")
+def test_a_folder_belongs_to_one_run(trained, photos, tmp_path):
+    """That a killed run frees its folder is shown above: the next begins at once."""
+    import fcntl
+
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    shutil.copytree(trained[0] / "run", tmp_path, dirs_exist_ok=True)
+    for resume in [], ["--resume"]:
+        done = run("train.py", "--data", photos, "--out", tmp_path, *resume)
+        assert done.stderr.startswith(f"train.py: {tmp_path}: another run is writing there") and done.returncode == 1
+    os.close(held)
+    assert run("train.py", "--data", photos, "--out", tmp_path, "--resume").returncode == 0
+
+
+def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tmp_path, monkeypatch):
+    for name in FILES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        if name != "last.pt":
+            done = run("train.py", "--data", photos, "--out", tmp_path / name, *TINY)
+            assert f"{name}: holds a run already ({name}); --resume" in done.stderr
+        assert (tmp_path / name / name).read_text() == "mine"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "recurrent_loss", raising(KeyboardInterrupt()))
+        train.train(tiny(photos, tmp_path / "new"))
+    train.train(tiny(photos, tmp_path / "new", epochs=1, level=2))
+    assert read_checkpoint(tmp_path / "new/last.pt")["config"]["level"] == 2
+
+
+CHANGES = {  # between stop and resume
+    "1 changed: train/p0": lambda at: (at / "images/p0.png").write_bytes((at / "images/p1.png").read_bytes()),
+    "changed: train/p": lambda at: [Image.fromarray(255 - np.asarray(Image.open(p))).save(p) for p in at.glob("masks/*")],
+    "gone: train/p": lambda at: [path.unlink() for path in at.glob("*/p0.png")],
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_resuming_says_what_has_changed(trained, tmp_path, words):
+    shutil.copytree(trained[0] / "photos", tmp_path / "photos")
+    shutil.copytree(trained[0] / "run", tmp_path / "run")
+    CHANGES[words](tmp_path / "photos")
+    done = run("train.py", "--data", tmp_path / "photos", "--out", tmp_path / "run", "--resume")
+    assert "its photos or classes have changed since" in done.stderr and words in done.stderr
+    again = re.search("(--start .*)\n", done.stderr)[1].split()
+    assert run("train.py", "--data", tmp_path / "photos", "--out", tmp_path / "new", *again, *TINY[4:]).returncode == 0
+
+
+@pytest.mark.parametrize("part, value", [
+    ("log", "abc"), ("done", "x"), ("best", None), ("total", []), ("optimiser", 3), ("photos", 3), ("network", 5),
+    ("config", 7), ("schedule", {"last_epoch": "x"}), ("log", [1]), ("model", {}),
+])  # fmt: skip
+def test_a_last_checkpoint_of_wrong_types_gets_one_sentence(trained, photos, tmp_path, part, value):
+    torch.save(read_checkpoint(trained[0] / "run/last.pt") | {part: value}, tmp_path / "last.pt")
+    done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
+    assert done.stderr.startswith(f"train.py: {tmp_path}/last.pt: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such shell")
+@pytest.mark.parametrize("shell", ['exec "$@"', 'exec "$@" >&- 2>&-', 'exec "$@" 0<&- >&- 2>&-'])
+def test_any_name_and_any_stream_will_do(photos, tmp_path, shell):
+    shutil.copytree(photos, tmp_path / "手\x1b[31m")
+    args = "data.py", "--check", tmp_path / "手\x1b[31m"
+    how = dict(capture_output=True, cwd=HERE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    done = subprocess.run(["bash", "-c", shell, "-", sys.executable, *map(str, args)], **how)
+    assert done.returncode == 0 and b"\x1b" not in done.stdout and (b"\\u624b\\x1b[31m" in done.stdout or ">&-" in shell)
 
 
 # ---------------------------------------------------------------- several processes
