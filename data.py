@@ -187,11 +187,15 @@ def inspect_pair(pair):
 
 
 def differences(before, now):
-    """Between two fingerprints, in words."""
-    gone, new = before.keys() - now.keys(), now.keys() - before.keys()
-    changed = {name for name, _ in before.items() ^ now.items()} - gone - new
+    """Between the classes and photos of two checkpoints, in words; empty where they are the same."""
+    then, here = before["photos"], now["photos"]
+    if before["classes"] == now["classes"] and [*then.items()] == [*here.items()]:
+        return ""
+    gone, new = then.keys() - here.keys(), here.keys() - then.keys()
+    changed = {name for name, _ in then.items() ^ here.items()} - gone - new
     kinds = {"gone": gone, "new": new, "changed": changed}
-    return "; ".join(f"{len(names)} {what}: {min(names)}, ..." for what, names in kinds.items() if names) or "the order or the classes"
+    found = [f"{len(names)} {kind}: {min(names)}, ..." for kind, names in kinds.items() if names]
+    return "; ".join(found) or "their order"
 
 
 def find_classes(found, mask_of):

@@ -130,7 +130,8 @@ def mask_all(args):
             about = "" if str(error).startswith(f"{path}: ") else f"{path}: "
             tqdm.write(f"predict.py: {about}{first_line(error)}", file=sys.stderr)
             failed += 1
-    print(f"{len(inputs) - failed} masks in {args.out}/" + f", {failed} pictures could not be read or masked" * (failed > 0))
+    lost = f", {failed} pictures could not be read or masked" * (failed > 0)
+    print(f"{len(inputs) - failed} masks in {args.out}/{lost}")
     return failed
 
 

@@ -131,6 +131,8 @@ def learn(c, net, folder, device):
     network = {"name": "", "options": {}} if net else baselines.describe(c.model, vars(c), vars(Config))
     if c.resume:
         state, _ = read_matching(out / "last.pt", PARTS | PROGRESS, net)
+        if state["network"] != network:
+            raise ValueError(f"{out}/last.pt: holds {state['network']}, but its settings build {network}")
     net = net or baselines.build(c.model, folder.classes, None if c.resume else c.weights, **network["options"])
     if c.start:
         start_from(net, c.start, network)
@@ -154,9 +156,7 @@ def learn(c, net, folder, device):
     weights = {"model": net, "ema": ema.module}
     everything = weights | {"optimiser": optimiser, "schedule": schedule}
     if c.resume:
-        before, now = ((d["classes"], [*d["photos"].items()]) for d in (state, about))
-        if before != now:
-            changed = differences(state["photos"], about["photos"])
+        if changed := differences(state, about):
             raise ValueError(f"{c.data}: its photos or classes have changed since {out}/last.pt ({changed}); put them "
                              f"back, or begin a new run with its weights: --start {out}/last.pt")  # fmt: skip
         with one_sentence(out / "last.pt"):
@@ -164,7 +164,7 @@ def learn(c, net, folder, device):
                 part.load_state_dict(state[name])
             log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
             ema.n_averaged.fill_(schedule.last_epoch)
-            if [row["epoch"] for row in log] + [done] != [*range(1, len(log) + 1), schedule.last_epoch - len(log) * steps]:
+            if sum(row["epoch"] > 0 for row in log) * steps + done != schedule.last_epoch:
                 raise ValueError("log, done and schedule disagree")
 
     def save_as(name, parts):

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-PARTS = {"network": dict, "input": dict, "classes": int, "model": dict, "ema": dict}  # of every checkpoint: see train.py
-PROGRESS = {"optimiser": dict, "schedule": dict, "photos": dict, "log": list, "best": float, "done": int, "total": float}
+PARTS = {"network": dict, "input": dict, "classes": int, "model": dict, "ema": dict}  # of every checkpoint
+PROGRESS = {"optimiser": dict, "schedule": dict, "photos": dict}  # of last.pt, besides
+PROGRESS |= {"log": list, "best": float, "done": int, "total": float}
 FILES = "best.pt", "last.pt", "log.csv", "curves.png", "samples.png"  # what a run writes
 
 
@@ -68,7 +69,8 @@ def read_checkpoint(path, parts=PARTS):
     if missing := PARTS.keys() - keys:
         raise ValueError(f"{path}: is not a checkpoint of train.py; it lacks {', '.join(sorted(missing))}")
     if missing := parts.keys() - keys:
-        raise ValueError(f"{path}: is no last.pt; it lacks {', '.join(sorted(missing))}. --start {path} begins a new run")
+        lacks = ", ".join(sorted(missing))
+        raise ValueError(f"{path}: is no last.pt; it lacks {lacks}. --start {path} begins a new run")
     if wrong := [name for name, kind in parts.items() if not isinstance(content[name], kind)]:
         raise ValueError(f"{path}: is damaged; its {wrong[0]} is of the wrong type")
     return content
@@ -92,7 +94,8 @@ def refuse_taken(out, resume):
         content = read_checkpoint(out / "last.pt", PARTS | PROGRESS)
         taken = taken if content["log"] or content["done"] else []
     if taken:
-        raise ValueError(f"{out}: holds a run already ({taken[0]}); --resume goes on with it, another --out starts a new one")
+        about = "--resume goes on with it, another --out starts a new one"
+        raise ValueError(f"{out}: holds a run already ({taken[0]}); {about}")
 
 
 def write_log(log, out):

@@ -64,7 +64,7 @@ def read_labels(path):
         used = np.unique(mask)
         colours = np.array(mask.getpalette()).reshape(-1, 3)[used]
         if used[0] == 0 and colours[0].min() > 127 and (colours == colours[:, :1]).all():
-            raise ValueError(f"{path}: is a palette of greys whose index 0, the background, is white; save it as greyscale")
+            raise ValueError(f"{path}: is a palette whose index 0, the background, is white; save it as greyscale")
     if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
         return np.asarray(mask).astype(np.int32)
     bands = np.asarray(mask.convert("RGBA")).astype(np.int32)

@@ -179,7 +179,7 @@ def test_an_overlay_dims_the_background_and_tints_and_outlines_each_class():
     (predict, "overlay", 1, RuntimeError("could not create a primitive"), "p1.png: could not create a primitive"),
     (os, "fsync", 2, OSError(28, "No space left"), "out/p1.png: could not be written ([Errno 28] No space left); its"),
 ])  # fmt: skip
-def test_a_photo_that_fails_is_named_and_the_batch_goes_on(trained, tmp_path, monkeypatch, owner, name, each, error, words):
+def test_a_failure_is_named_and_the_batch_goes_on(trained, tmp_path, monkeypatch, owner, name, each, error, words):
     command = "predict.py", trained[0] / "run/best.pt", trained[0] / "photos/images", "--out", tmp_path / "out"
     works = getattr(owner, name)
     calls = iter([*[works] * each, raising(error), *[works] * 14])
