@@ -187,15 +187,10 @@ def inspect_pair(pair):
 
 
 def differences(before, now):
-    """Between the classes and photos of two checkpoints, in words; empty where they are the same."""
-    then, here = before["photos"], now["photos"]
-    if before["classes"] == now["classes"] and [*then.items()] == [*here.items()]:
-        return ""
-    gone, new = then.keys() - here.keys(), here.keys() - then.keys()
-    changed = {name for name, _ in then.items() ^ here.items()} - gone - new
-    kinds = {"gone": gone, "new": new, "changed": changed}
-    found = [f"{len(names)} {kind}: {min(names)}, ..." for kind, names in kinds.items() if names]
-    return "; ".join(found) or "their order"
+    """In which photos two fingerprints differ, in words."""
+    kind = lambda name: "new" if name not in before else "gone" if name not in now else "changed"
+    names = sorted({name for name, _ in before.items() ^ now.items()})
+    return ", ".join(f"{name} {kind(name)}" for name in names[:3]) + f", {len(names)} in all"
 
 
 def find_classes(found, mask_of):

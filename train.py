@@ -156,7 +156,8 @@ def learn(c, net, folder, device):
     weights = {"model": net, "ema": ema.module}
     everything = weights | {"optimiser": optimiser, "schedule": schedule}
     if c.resume:
-        if changed := differences(state, about):
+        if state["classes"] != folder.classes or [*state["photos"].items()] != [*about["photos"].items()]:
+            changed = differences(state["photos"], about["photos"])
             raise ValueError(f"{c.data}: its photos or classes have changed since {out}/last.pt ({changed}); put them "
                              f"back, or begin a new run with its weights: --start {out}/last.pt")  # fmt: skip
         with one_sentence(out / "last.pt"):

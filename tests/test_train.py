@@ -356,9 +356,9 @@ def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tm
 
 
 CHANGES = {  # between stop and resume
-    "1 changed: train/p0": lambda at: (at / "images/p0.png").write_bytes((at / "images/p1.png").read_bytes()),
-    "changed: train/p": lambda at: [ImageOps.invert(Image.open(path)).save(path) for path in at.glob("masks/*")],
-    "gone: train/p": lambda at: [path.unlink() for path in at.glob("*/p0.png")],
+    "train/p0 changed, 1 in all": lambda at: (at / "images/p0.png").write_bytes((at / "images/p1.png").read_bytes()),
+    "train/p0 changed, train/p1 changed, ": lambda at: [ImageOps.invert(Image.open(path)).save(path) for path in at.glob("masks/*")],
+    " gone, ": lambda at: [path.unlink() for path in at.glob("*/p0.png")],
 }
 
 
