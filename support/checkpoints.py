@@ -24,9 +24,10 @@ def new_file(path):
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's writer hides a full disk behind a RuntimeError
-        cause = error.__context__ or error
-        raise ValueError(f"{path}: could not be written ({cause}); its previous content is intact") from None
+    except (OSError, RuntimeError) as error:
+        while error.__context__:  # torch's writer hides a full disk behind a RuntimeError
+            error = error.__context__
+        raise ValueError(f"{path}: could not be written ({error}); its previous content is intact") from None
     finally:
         with suppress(OSError):
             part.unlink()
