@@ -76,6 +76,8 @@ def test_evaluate_prints_the_table_again_and_takes_passes_and_views(trained, pho
     table = lambda *flags: run("train.py", "--data", photos, "--evaluate", path, *flags).stdout.splitlines()[3:]
     rows, five, two = trained[1].splitlines()[-3:], table("--passes", 5), table("--views", 2)
     assert table() == rows == five[:3] and len(five) == 5 and (tmp_path / "samples.png").exists()
+    (tmp_path / "samples.png").write_bytes(b"mine")
+    assert table() == rows and (tmp_path / "samples.png").read_bytes() == b"mine"
     model = load(path)
     model.views = 2
     want = [scores(matrix)["mIoU"] for matrix in evaluate_split(model, data.open_dataset(photos, "test"))[0]]
