@@ -389,6 +389,13 @@ def test_a_last_checkpoint_of_wrong_types_gets_one_sentence(trained, photos, tmp
     assert done.stderr.startswith(f"train.py: {tmp_path}/last.pt: ") and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_the_settings_of_a_checkpoint_must_build_its_network(trained, photos, tmp_path):
+    other = {"network": {"name": "dru", "options": {"width": 2}}, "ema": baselines.build("dru", 2, width=2).state_dict()}
+    torch.save(read_checkpoint(trained[0] / "run/last.pt") | other, tmp_path / "last.pt")
+    done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
+    assert "last.pt: holds {'name': 'dru', 'options': {'width': 2}}, but its settings build" in done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such shell")
 @pytest.mark.parametrize("shell", ['exec "$@"', 'exec "$@" >&- 2>&-', 'exec "$@" 0<&- >&- 2>&-'])
 def test_any_name_and_any_stream_will_do(photos, tmp_path, shell):
