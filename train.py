@@ -5,7 +5,8 @@
     python train.py --data hands/ --start runs/other/best.pt       begin with the weights of another run
     python train.py --data hands/ --evaluate runs/hands/best.pt    print the table alone
 
-Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; samples.png beside the tested checkpoint.
+Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; and samples.png beside the tested
+checkpoint, where --evaluate leaves an older one alone.
 GPUs, machines, or processes on CPUs (set OMP_NUM_THREADS) can share each batch of --batch photos:
 
     torchrun --standalone --nproc_per_node=2 train.py --data hands/
