@@ -196,7 +196,7 @@ STRANGE = {  # what has a picture's name and is none
     "a pipe": os.mkfifo,
     "a folder": Path.mkdir,
     "a link to itself": lambda path: path.symlink_to(path.name),
-    "another format": lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n%%EOF\n"),
+    "another format": lambda p: p.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n"),
 }
 
 

@@ -363,7 +363,7 @@ def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tm
 
 CHANGES = {  # between stop and resume
     "train/p0 changed, 1 in all": lambda at: (at / "images/p0.png").write_bytes((at / "images/p1.png").read_bytes()),
-    "train/p0 changed, train/p1 changed, ": lambda at: [ImageOps.invert(Image.open(path)).save(path) for path in at.glob("masks/*")],
+    "p0 changed, train/p1 changed, ": lambda at: [ImageOps.invert(Image.open(p)).save(p) for p in at.glob("masks/*")],
     " gone, ": lambda at: [path.unlink() for path in at.glob("*/p0.png")],
 }
 
@@ -390,8 +390,9 @@ def test_a_last_checkpoint_of_wrong_types_gets_one_sentence(trained, photos, tmp
 
 
 def test_the_settings_of_a_checkpoint_must_build_its_network(trained, photos, tmp_path):
-    other = {"network": {"name": "dru", "options": {"width": 2}}, "ema": baselines.build("dru", 2, width=2).state_dict()}
-    torch.save(read_checkpoint(trained[0] / "run/last.pt") | other, tmp_path / "last.pt")
+    network, ema = {"name": "dru", "options": {"width": 2}}, baselines.build("dru", 2, width=2).state_dict()
+    content = read_checkpoint(trained[0] / "run/last.pt") | {"network": network, "ema": ema}
+    torch.save(content, tmp_path / "last.pt")
     done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
     assert "last.pt: holds {'name': 'dru', 'options': {'width': 2}}, but its settings build" in done.stderr
 
