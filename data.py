@@ -13,19 +13,25 @@ A mask is 0 and 1, or 0 and 255, or class ids 0, 1, 2, ... with 255 for void: pi
 The paper's datasets are read as they are published: see paper/datasets.py.
 """
 
+if __name__ == "__main__":
+    from support import terminal  # noqa: F401  (before torch)
+
 import argparse
+import hashlib
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance
 
 from paper import datasets
-from support.pictures import (MEAN, SPLITS, VOID, Found, by_stem, has, normalise, read_labels, read_list, read_photo,
-                              resize, unreadable)  # fmt: skip
+from support.pictures import (MEAN, SPLITS, VOID, Found, by_stem, has, normalise, open_picture, read_labels,
+                              read_list, read_photo, resize)  # fmt: skip
+from support.processes import one_ending
 from support.toy import draw_set
 
 # ---------------------------------------------------------------- 1. which photo belongs to which mask
@@ -51,6 +57,8 @@ def lists(root):
                 found.problems.append(f"{root / split}.txt: names {name}, which {listed[name]}.txt has already")
             listed[name] = split
         pair_up(found, split, root, names)
+    if unlisted := sorted(by_stem(root / "images", []).keys() - listed.keys()):
+        found.notes.append(f"{root}/images: {len(unlisted)} photos are in no list ({', '.join(unlisted[:3])}, ...)")
     return found
 
 
@@ -110,11 +118,15 @@ class Survey(Found):
     white: bool = False  # masks are 0 and 255, and 255 is class 1
     sizes: dict = field(default_factory=dict)  # {photo: (width, height)}
     counts: dict = field(default_factory=dict)  # {photo: how many pixels of its mask hold 0, 1, 2, ...}
+    hashes: dict = field(default_factory=dict)  # {photo: fingerprint of it and its mask}
 
     def short_side(self, split):
         """Of the median photo."""
         sides = sorted(min(self.sizes[photo]) for _, photo, *_ in self.pairs[split])
         return sides[len(sides) // 2]
+
+    def fingerprint(self, *splits):
+        return {f"{split}/{name}": self.hashes[photo] for split in splits for name, photo, *_ in self.pairs[split]}
 
     def values(self, photo):
         return set(np.flatnonzero(self.counts[photo]).tolist())
@@ -124,14 +136,15 @@ def survey(root, void=VOID):
     """Inspect a folder. `void` is the class id that neither trains nor counts, besides 255."""
     found = Survey(**vars(find_pairs(Path(root))), root=Path(root), void=void)
     pairs = [pair for pairs in found.pairs.values() for pair in pairs]
+    notes = Counter()
     with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
-        for (_, photo, *_), (size, counts, problem) in zip(pairs, pool.map(inspect_pair, pairs)):
-            if size:
-                found.sizes[photo] = size
-            if problem:
-                found.problems.append(problem)
+        for (_, photo, *_), seen in zip(pairs, pool.map(inspect_pair, pairs)):
+            if isinstance(seen, ValueError):
+                found.problems.append(str(seen))
             else:
-                found.counts[photo] = counts
+                found.sizes[photo], found.counts[photo], found.hashes[photo], noted = seen
+                notes.update(noted)
+    found.notes += [f"{root}: {count} photos {what}" for what, count in notes.items()]
     if found.names:
         found.classes = len(found.names)
         if void != VOID:
@@ -149,34 +162,35 @@ def survey(root, void=VOID):
 
 
 def inspect_pair(pair):
-    """Decode a photo and its mask: the photo's size, how often the mask holds each value, and what is wrong."""
+    """A photo's size, how often its mask holds each value, a fingerprint of both, and notes. Or what is wrong."""
     _, photo, mask, read = pair
     try:
-        with Image.open(photo) as head:
-            if head.format == "JPEG":
-                turned = head.getexif().get(0x0112, 1) >= 5
-                size = head.size[::-1] if turned else head.size
-                head.draft("RGB", (64, 64))  # decodes at an eighth of the size
-            else:
-                size = ImageOps.exif_transpose(head).size  # Pillow turns a TIFF's size before its pixels
-            head.load()
-        if head.mode == "F":
-            raise ValueError("floating-point values of unknown range")
-    except Exception as error:  # as in open_picture
-        return None, None, str(unreadable(photo, error))
-    try:
-        labels = read() if read else read_labels(mask)
+        picture, labels, notes = open_picture(photo, small=True), read() if read else read_labels(mask), []
+        (width, height), (h, w), smallest, largest = picture.whole, labels.shape, labels.min(), labels.max()
+        if (w, h) != (width, height):
+            raise ValueError(f"{mask}: is {w}x{h}, its photo is {width}x{height}; they must match pixel by pixel")
+        if min(w, h) < 16:
+            raise ValueError(f"{photo}: is {w}x{h}; it must be at least 16x16")
+        if smallest < 0 or largest > 255:
+            raise ValueError(f"{mask}: holds values from {smallest} to {largest}; they must be 0 to 255")
+        if picture.mode == "RGBA" and picture.getextrema()[3] != (255, 255):
+            notes.append("have a fourth band, which is not read")
+        if picture.turn != 1:
+            same = not read and open_picture(mask, small=True).turn == picture.turn
+            notes.append("are turned by EXIF, and so are their masks" if same else
+                         "are turned by EXIF, but their masks are not; do these fit the upright photos?")  # fmt: skip
+        labels = labels.astype(np.uint8)
+        both = hashlib.blake2b(photo.read_bytes() + labels.tobytes(), digest_size=8).hexdigest()
+        return (w, h), np.bincount(labels.ravel(), minlength=256), both, notes
     except ValueError as error:
-        return None, None, str(error)
-    (h, w), (width, height) = labels.shape, size
-    problem = None
-    if (w, h) != size:
-        problem = f"{mask}: is {w}x{h}, its photo is {width}x{height}; they must match pixel by pixel"
-    elif min(size) < 16:
-        problem = f"{photo}: is {width}x{height}; it must be at least 16x16"
-    elif labels.min() < 0 or labels.max() > 255:
-        problem = f"{mask}: holds values from {labels.min()} to {labels.max()}; they must be 0 to 255"
-    return size, None if problem else np.bincount(labels.ravel(), minlength=256), problem
+        return error
+
+
+def differences(before, now):
+    """In which photos two fingerprints differ, in words."""
+    kind = lambda name: "new" if name not in before else "gone" if name not in now else "changed"
+    names = sorted({name for name, _ in before.items() ^ now.items()})
+    return ", ".join(f"{name} {kind(name)}" for name in names[:3]) + f", {len(names)} in all"
 
 
 def find_classes(found, mask_of):
@@ -234,7 +248,10 @@ class Photos(torch.utils.data.Dataset):
             labels = labels == 255
         elif not read:
             labels = np.where(labels == self.found.void, VOID, labels)
-        return read_photo(photo), Image.fromarray(labels.astype(np.uint8))
+        picture, labels = read_photo(photo), labels.astype(np.uint8)
+        if picture.size != labels.shape[::-1] or ((labels >= self.classes) & (labels != VOID)).any():
+            raise ValueError(f"{photo}: the photo or its mask has changed since it was checked")
+        return picture, Image.fromarray(labels)
 
     def resized(self, i):
         if self.cache is not None and i in self.cache:
@@ -305,7 +322,7 @@ def check(root, void):
         shares = ", ".join(f"{value}: {pixels[value] / pixels.sum():.1%}" for value in np.flatnonzero(pixels))
         span = f"{sizes[0][0]}x{sizes[0][1]} to {sizes[-1][0]}x{sizes[-1][1]}" if sizes else "-"
         print(f"{split:5} {len(pairs):5} photos, {span}; mask values {shares}")
-    print(*found.problems, f"{len(found.problems)} problems", sep="\n")
+    print(*found.notes, *found.problems, f"{len(found.problems)} problems", sep="\n")
     return len(found.problems)
 
 
@@ -315,15 +332,13 @@ def main():
     cli.add_argument("--check", action="store_true", help="list every problem of a folder instead of drawing")
     cli.add_argument("--void", type=int, default=VOID, help="class id that is void, besides 255")
     args = cli.parse_args()
-    try:
+    with one_ending("data.py"):
         if args.check:
             sys.exit(check(args.folder, args.void) > 0)
         if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
             raise ValueError(f"{args.folder}: exists and is not empty; name a new folder for the toy set")
         draw_set(args.folder)
         print(f"drew 240 photos and masks into {args.folder}/; now: python train.py --data {args.folder}/")
-    except (ValueError, OSError) as error:  # OSError: a folder that may not be read or written
-        sys.exit(f"data.py: {error}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ The network sees a photo at the size of its training. Masks and scores have the 
 confusion matrix over a whole split, never from averages over photos.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from matplotlib import colormaps
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from paper.baselines import build
-from support.checkpoints import one_sentence, read_checkpoint
+from support.checkpoints import PARTS, new_file, one_sentence, read_checkpoint
 from support.pictures import VOID, normalise, resize
 from support.processes import gather_from_processes, print_once, rank_and_world
 from support.runtime import autocast, for_device, replayed
@@ -30,7 +32,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, net, size, passes, views):
         super().__init__()
-        if not (16 <= size <= 8192 and 1 <= passes <= 1000 and views in (1, 2)):
+        if not (16 <= size <= 4096 and 1 <= passes <= 1000 and views in (1, 2)):
             raise ValueError(f"size {size}, passes {passes}, views {views}")
         self.net, self.size, self.passes, self.views = net, size, passes, views
 
@@ -44,37 +46,51 @@ class Segmenter(nn.Module):
 
     def to_input(self, photo):
         """RGB picture -> (1, 3, h, w), on the network's device."""
+        if photo.width * photo.height / min(photo.size) ** 2 * self.size**2 > 2**25:  # five gigabytes
+            raise ValueError(f"{photo.width}x{photo.height} is too much for a network of short side {self.size}")
         return normalise(resize(photo, self.size))[None].to(next(self.parameters()).device)
+
+
+def read_matching(path, parts=PARTS, net=None):
+    """A checkpoint and its network, or `net`, filled with the running mean. Shapes are compared on the meta device
+    before any memory is taken: a small file cannot ask for gigabytes."""
+    content = read_checkpoint(path, parts)
+    with one_sentence(path):
+        network, weights, own = content["network"], content["ema"], net
+        with torch.device("meta"):
+            net = net or build(network["name"], content["classes"], **network["options"])
+        types = {name: x.dtype for name, x in net.state_dict().items()}
+        net.load_state_dict(weights, assign=not own)
+        if sum(x.nbytes for x in weights.values()) > Path(path).stat().st_size:
+            raise ValueError("its network is larger than the file")
+        for name, x in weights.items():
+            if x.dtype != types[name] or not x.isfinite().all():
+                raise ValueError(f"{name} is {'not finite' if x.dtype == types[name] else x.dtype}")
+    return content, net
 
 
 def load(path, device=torch.device("cpu"), net=None):
     """The Segmenter of a checkpoint, with the running mean of the weights; its attribute `classes` is K. `net` is
     needed where paper.baselines cannot build the network. ValueError says what is wrong with the file."""
-    content = read_checkpoint(path)
+    content, net = read_matching(path, net=net)
     with one_sentence(path):
-        network, classes = content["network"], content["classes"]
-        net = net or build(network["name"], classes, **network["options"])
-        net.load_state_dict(content["ema"])
         model = Segmenter(replayed(for_device(net, device), device), **content["input"]).eval()
-        model.classes = classes
+        model.classes = content["classes"]
         return model
 
 
 def start_from(net, path, network):
     """Fill a new network from another run's checkpoint. The head stays new where the classes differ."""
-    content, own = read_checkpoint(path), net.state_dict()
+    (content, _), own = read_matching(path), net.state_dict()
     with one_sentence(path):
         there, here = ({**d, "options": d["options"] | {"passes": None}} for d in (content["network"], network))
         weights, more = content["ema"], len(net.head.weight) - content["classes"]
     if there != here:
         raise ValueError(f"--start {path}: holds {content['network']}; this run builds {network}")
-    with one_sentence(path):
-        for name in own.keys() | weights.keys():
-            if any(a - b not in (0, more) for a, b in zip(own[name].shape, weights[name].shape, strict=True)):
-                raise ValueError(f"{name} has another shape")
-            if not (more and name.startswith("head.")):
-                shared = tuple(map(slice, map(min, own[name].shape, weights[name].shape)))
-                own[name][shared] = weights[name][shared]  # everything, or the channels of photo and common classes
+    for name in own:
+        if not (more and name.startswith("head.")):
+            shared = tuple(map(slice, map(min, own[name].shape, weights[name].shape)))
+            own[name][shared] = weights[name][shared]  # everything, or the channels of photo and common classes
     if more:
         print_once(f"--start {path}: was trained for {content['classes']} classes, so the head is new")
 
@@ -87,24 +103,45 @@ def to_photo(s, photo):
     return F.interpolate(s.float(), photo.size[::-1], mode="bilinear")[0].softmax(0).cpu()
 
 
+def to_classes(s, photo, rows=256):
+    """Logits (1, K, h, w) -> the likeliest class of each pixel, uint8 (H, W): `to_photo`, a strip of rows at a time.
+    The probabilities of a large photo take gigabytes."""
+    (w, h), mask = photo.size, np.empty(photo.size[::-1], np.uint8)
+    s = F.interpolate(s.float(), (s.shape[2], w), mode="bilinear")[0]
+    y = ((torch.arange(h, device=s.device) + 0.5) * (s.shape[1] / h) - 0.5).clamp(min=0)
+    for strip in range(0, h, rows):
+        at = y[strip : strip + rows]
+        above = at.long()
+        below, part = (above + 1).clamp(max=s.shape[1] - 1), (at - above)[:, None]
+        probabilities = (s[:, above] * (1 - part) + s[:, below] * part).softmax(0)
+        mask[strip : strip + rows] = probabilities.max(0).indices.cpu()  # several times as fast as argmax
+    return mask
+
+
 @torch.no_grad()
-def segment(model, photo, every=True):
+def segment(model, photo, every=True, enlarge=to_photo):
     """RGB picture of any size -> a list of probabilities (K, H, W), one a pass; without `every` only the last."""
     image = model.to_input(photo)
     with autocast(image.device):
         masks = model(image)
-    return [to_photo(s, photo) for s in (masks if every else masks[-1:])]
+    return [enlarge(finite(s), photo) for s in (masks if every else masks[-1:])]
 
 
 @torch.no_grad()
-def segment_frame(model, photo, state):
+def segment_frame(model, photo, state, enlarge=to_photo):
     """One pass over a frame of a video, from the state of the last frame or None: probabilities and the next state."""
     image = model.to_input(photo)
     if state is None or state[0].shape[2:] != image.shape[2:]:
         state = model.net.start(image)
     with autocast(image.device):
         s, state = model.net.step(image, state)
-    return to_photo(s, photo), state
+    return enlarge(finite(s), photo), state
+
+
+def finite(s):
+    if not s.isfinite().all():
+        raise ValueError("the network returned what is no number; its training has diverged")
+    return s
 
 
 # ---------------------------------------------------------------- 3. from masks to scores
@@ -181,4 +218,5 @@ def draw_samples(model, photos, path, rows=4):
         axis.imshow(np.asarray(picture), colours, vmin=0, vmax=photos.classes - 1)
         axis.set_title(title)
         axis.axis("off")
-    figure.savefig(path, dpi=80)
+    with new_file(path) as file:
+        figure.savefig(file, dpi=80)

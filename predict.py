@@ -4,31 +4,42 @@
     python predict.py runs/hands/best.pt frames/ --frames --out masks/    one pass a frame; the state is carried
     python predict.py runs/hands/best.pt --export dru.onnx                the network as ONNX, for any size of photo
 
-Writes NAME.png (0 and 255, or class ids) at the photo's own size, and NAME_overlay.jpg to look at.
+Writes NAME.png (0 and 255, or class ids) at the photo's own size, and NAME_overlay.jpg to look at. It replaces its own
+files, never those of anybody else.
 """
 
+if __name__ == "__main__":
+    from support import terminal  # noqa: F401  (before torch)
+
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from evaluate import load, segment, segment_frame
+from evaluate import load, segment, segment_frame, to_classes
+from support.checkpoints import first_line, new_file
 from support.export import export
-from support.pictures import ENDINGS, read_photo
-from support.processes import is_out_of_memory
+from support.pictures import ENDINGS, read_photo, stem_of
+from support.processes import is_out_of_memory, one_ending
 from support.runtime import keep_memory
 
 COLOURS = np.uint8([(0, 200, 160), (255, 120, 60), (90, 120, 255), (255, 210, 60), (220, 80, 200), (120, 210, 60)])
+MARK = "predict.py of Recurrent U-Net"  # near the start of every file that this script writes
 
 
 def overlay(photo, mask):
-    """The photo with its background dimmed and each class tinted and outlined."""
+    """The photo with its background dimmed and each class tinted and outlined, at most 2,000 pixels a side."""
+    if max(photo.size) > 2000:
+        photo = ImageOps.contain(photo, (2000, 2000))
+        mask = np.array(Image.fromarray(mask).resize(photo.size, Image.NEAREST))
     pixels = np.asarray(photo, np.float32)
     grey = pixels.mean(2, keepdims=True) * 0.35 + pixels * 0.25
     pixels = np.where(mask[..., None] > 0, 0.75 * pixels + 0.25 * COLOURS[(mask - 1) % 6], grey)
@@ -61,11 +72,34 @@ def find_inputs(paths):
         if not found:
             raise ValueError(f"{path}: holds no pictures ({', '.join(sorted(ENDINGS))})")
         for file in found:
-            other = files.setdefault(file.stem, file)
-            if other.resolve() != file.resolve():
+            other = files.setdefault(stem_of(file), file)
+            if os.path.realpath(other) != os.path.realpath(file):
                 raise ValueError(f"{file} and {other}: would both become {file.stem}.png; rename one of them")
     by_number = lambda stem: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", stem)]
     return [files[stem] for stem in sorted(files, key=by_number)]
+
+
+def refuse_foreign(path):
+    """ValueError where writing would replace a file that this script did not write."""
+    if os.path.lexists(path) and not (path.is_file() and MARK.encode() in open(path, "rb").read(300)):
+        raise ValueError(f"{path}: exists, and predict.py did not write it; choose another --out or --export")
+
+
+def mask_one(model, path, carried, outputs):
+    """Write the mask of a photo and its overlay. `carried` is None or, for the frames of a video, [their state]."""
+    photo = read_photo(path)
+    if min(photo.size) < 16:
+        raise ValueError(f"is {photo.width}x{photo.height}; it must be at least 16x16")
+    if carried:
+        mask, carried[0] = segment_frame(model, photo, carried[0], to_classes)
+    else:
+        (mask,) = segment(model, photo, every=False, enlarge=to_classes)
+    mark, drawn = PngInfo(), overlay(photo, mask)
+    mark.add_text("Software", MARK)
+    with new_file(outputs[0]) as file:
+        Image.fromarray(mask * np.uint8(255 if model.classes == 2 else 1)).save(file, "PNG", pnginfo=mark)
+    with new_file(outputs[1]) as file:
+        drawn.save(file, "JPEG", quality=92, comment=MARK)
 
 
 def mask_all(args):
@@ -77,34 +111,25 @@ def mask_all(args):
         raise ValueError(f"{args.checkpoint}: holds a network that carries no state; leave --frames out")
     inputs = find_inputs(args.inputs)
     outputs = [(args.out / f"{path.stem}.png", args.out / f"{path.stem}_overlay.jpg") for path in inputs]
-    if clash := {path.resolve() for path in inputs} & {path.resolve() for pair in outputs for path in pair}:
-        raise ValueError(f"{min(clash)}: is an input and would be overwritten; name another folder with --out")
+    taken = set(map(os.path.realpath, inputs))
+    for path in sum(outputs, ()):
+        if os.path.realpath(path) in taken:
+            raise ValueError(f"{path}: is an input and would be overwritten; name another folder with --out")
+        refuse_foreign(path)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    state, failed = None, 0
-    for path, (mask_path, overlay_path) in zip(tqdm(inputs, disable=None), outputs):
+    carried, failed = [None] if args.frames else None, 0
+    for path, pair in zip(tqdm(inputs, disable=None), outputs):
         try:
-            photo = read_photo(path)
-            if min(photo.size) < 16:
-                raise ValueError(f"{path}: is {photo.width}x{photo.height}; it must be at least 16x16")
-            if args.frames:
-                probabilities, state = segment_frame(model, photo, state)
-            else:
-                (probabilities,) = segment(model, photo, every=False)
-        except (ValueError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, ValueError) and not is_out_of_memory(error):
+            mask_one(model, path, carried, pair)
+        except Exception as error:
+            if not isinstance(error, (ValueError, OSError)) and not is_out_of_memory(error):
                 raise
-            about = "" if isinstance(error, ValueError) else f"{path}: "
-            tqdm.write(f"predict.py: {about}{(str(error).splitlines() or ['out of memory'])[0]}", file=sys.stderr)
+            about = "" if str(error).startswith(f"{path}: ") else f"{path}: "
+            tqdm.write(f"predict.py: {about}{first_line(error)}", file=sys.stderr)
             failed += 1
-            continue
-        mask = probabilities.max(0).indices.numpy()  # several times as fast as argmax
-        try:
-            Image.fromarray((mask * (255 if model.classes == 2 else 1)).astype(np.uint8)).save(mask_path)
-            overlay(photo, mask).save(overlay_path, quality=92)
-        except OSError as error:
-            raise ValueError(f"{mask_path}: could not be written ({error}); the masks before it are complete") from None
-    print(f"{len(inputs) - failed} masks in {args.out}/" + f", {failed} pictures could not be read" * (failed > 0))
+    lost = f", {failed} pictures could not be read or masked" * (failed > 0)
+    print(f"{len(inputs) - failed} masks in {args.out}/{lost}")
     return failed
 
 
@@ -112,7 +137,7 @@ def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("checkpoint", type=Path)
     cli.add_argument("inputs", type=Path, nargs="*", help="photos and folders of photos")
-    cli.add_argument("--out", type=Path, default=Path("masks"), help="folder for the masks")
+    cli.add_argument("--out", type=Path, default=Path("predicted"), help="folder for the masks [predicted/]")
     cli.add_argument("--frames", action="store_true", help="the inputs are one video, in order of name")
     cli.add_argument("--export", type=Path, metavar="FILE", help="write the network as ONNX; no photos then")
     args = cli.parse_args()
@@ -120,19 +145,15 @@ def main():
         cli.error("name photos or folders, or --export FILE, and not both")
     if args.export and args.frames:
         cli.error("--frames and --export: an exported network makes all its passes over one photo; choose one")
-    status = 0
-    try:
-        if args.export:
-            model = load(args.checkpoint)
-            off, shape = export(model, args.export), f"RGB from 0 to 1 (B, 3, h, w), short side {model.size}"
-            print(f"{args.export}: image, {shape} -> logits (B, K, h, w); within {off:.0e} of PyTorch's")
-        else:
-            status = int(mask_all(args) > 0)
-    except (ValueError, OSError) as error:  # OSError: a folder that may not be read or written
-        status = f"predict.py: {error}"
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
+    with one_ending("predict.py"):
+        if args.inputs:
+            sys.exit(mask_all(args) > 0)
+        if not args.export.parent.is_dir():
+            raise ValueError(f"--export {args.export}: must name a file in a folder that exists")
+        refuse_foreign(args.export)
+        model = load(args.checkpoint)
+        off, shape = export(model, args.export, MARK), f"RGB from 0 to 1 (B, 3, h, w), short side {model.size}"
+        print(f"{args.export}: image, {shape} -> logits (B, K, h, w); within {off:.0e} of PyTorch's")
 
 
 if __name__ == "__main__":

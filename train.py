@@ -5,7 +5,8 @@
     python train.py --data hands/ --start runs/other/best.pt       begin with the weights of another run
     python train.py --data hands/ --evaluate runs/hands/best.pt    print the table alone
 
-Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; samples.png beside the tested checkpoint.
+Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; and samples.png beside the tested
+checkpoint, where --evaluate leaves an older one alone.
 GPUs, machines, or processes on CPUs (set OMP_NUM_THREADS) can share each batch of --batch photos:
 
     torchrun --standalone --nproc_per_node=2 train.py --data hands/
@@ -13,6 +14,9 @@ GPUs, machines, or processes on CPUs (set OMP_NUM_THREADS) can share each batch 
 
 Run the second command on both machines. FIRST is the host name of one of them; --data and --out are on a shared disk.
 """
+
+if __name__ == "__main__":
+    from support import terminal  # noqa: F401  (before torch)
 
 import argparse
 import time
@@ -23,12 +27,12 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data import open_dataset, survey
-from evaluate import Segmenter, draw_samples, evaluate_split, load, print_table, scores, start_from
+from data import differences, open_dataset, survey
+from evaluate import Segmenter, draw_samples, evaluate_split, load, print_table, read_matching, scores, start_from
 from paper import baselines
 from rurnet import VOID, recurrent_loss
 from support import processes
-from support.checkpoints import one_sentence, read_checkpoint, refuse_taken, save, write_log
+from support.checkpoints import PARTS, PROGRESS, one_sentence, read_checkpoint, save, write_log
 from support.processes import print_once
 from support.runtime import Graphed, Recomputed, autocast, for_device, replayed
 
@@ -50,8 +54,8 @@ class Config:
     hidden: int = knob(16, "channels of the hidden state", (1, 1024))
     passes: int = knob(3, "N, how often the network sees each photo", (1, 1000))
     alpha: float = knob(0.4, "pass t weighs alpha**(N - t) in the loss; 1 weighs all alike", (1e-6, 1))
-    size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most are smaller", (16, 8192))
-    crop: int = knob(0, "side of the training crops; 0: as --size", (16, 8192))
+    size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most are smaller", (16, 4096))
+    crop: int = knob(0, "side of the training crops; 0: as --size", (16, 4096))
     rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up", (0, 180))
     void: int = knob(VOID, "class id that neither trains nor counts, besides 255", (0, 255))
     views: int = knob(1, "2 scores the average of every photo and its mirror image", choices=[1, 2])
@@ -105,13 +109,19 @@ def parse(argv=None):
 
 
 def train(c, net=None, folder=None):
-    """Train by a Config and write best.pt and last.pt into its --out. `net` is a network of your own, which
-    `evaluate.load` then needs too. `folder` is what `data.survey` found in c.data."""
-    out, device, (rank, world) = Path(c.out), processes.join(), processes.rank_and_world()
-    refuse_taken(out, c.resume)
+    """Train by a Config and write best.pt and last.pt into its --out; return what `data.survey` finds in c.data, or
+    `folder`. `net` is a network of your own, which `evaluate.load` then needs too."""
+    device, out = processes.join(), Path(c.out)
+    with processes.exclusive(out, c.resume):
+        folder = folder or survey(c.data, c.void)
+        learn(c, net, folder, device)
+    return folder
+
+
+def learn(c, net, folder, device):
+    out, (rank, world) = Path(c.out), processes.rank_and_world()
 
     # 2. data
-    folder = folder or survey(c.data, c.void)
     held_out = open_dataset(folder, "val")
     c = replace(c, size=c.size or min(128, folder.short_side("train")))
     photos = open_dataset(folder, "train", c.size, augment=True, crop=c.crop, rotate=c.rotate, seed=c.seed)
@@ -120,6 +130,10 @@ def train(c, net=None, folder=None):
     # 3. network
     torch.manual_seed(c.seed)
     network = {"name": "", "options": {}} if net else baselines.describe(c.model, vars(c), vars(Config))
+    if c.resume:
+        state, _ = read_matching(out / "last.pt", PARTS | PROGRESS, net)
+        if state["network"] != network:
+            raise ValueError(f"{out}/last.pt: holds {state['network']}, but its settings build {network}")
     net = net or baselines.build(c.model, folder.classes, None if c.resume else c.weights, **network["options"])
     if c.start:
         start_from(net, c.start, network)
@@ -138,40 +152,43 @@ def train(c, net=None, folder=None):
     log, best, done, total = [], 0.0, 0, 0.0  # done: steps of the epoch under way; total: the sum of their losses
     about = {
         "network": network, "input": {"size": c.size, "passes": c.passes, "views": c.views}, "classes": folder.classes,
-        "config": asdict(c), "photos": [name for name, *_ in photos.pairs + held_out.pairs],
+        "config": asdict(c), "photos": folder.fingerprint("train", "val"),
     }  # fmt: skip
     weights = {"model": net, "ema": ema.module}
     everything = weights | {"optimiser": optimiser, "schedule": schedule}
     if c.resume:
-        state = read_checkpoint(out / "last.pt")
-        if (state["classes"], state.get("photos")) != (about["classes"], about["photos"]):
-            raise ValueError(f"{c.data}: its photos or classes have changed since {out}/last.pt; start a new run")
+        if state["classes"] != folder.classes or [*state["photos"].items()] != [*about["photos"].items()]:
+            changed = differences(state["photos"], about["photos"])
+            raise ValueError(f"{c.data}: its photos or classes have changed since {out}/last.pt ({changed}); put them "
+                             f"back, or begin a new run with its weights: --start {out}/last.pt")  # fmt: skip
         with one_sentence(out / "last.pt"):
             for name, part in everything.items():
                 part.load_state_dict(state[name])
             log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
-        ema.n_averaged.fill_(schedule.last_epoch)
+            ema.n_averaged.fill_(schedule.last_epoch)
+            if sum(row["epoch"] > 0 for row in log) * steps + done != schedule.last_epoch:
+                raise ValueError("log, done and schedule disagree")
 
     def save_as(name, parts):
         progress = {"log": log, "best": best, "done": done, "total": total}
         if rank == 0:  # all processes hold the same
             save(out / name, about | progress | {name: part.state_dict() for name, part in parts.items()})
 
-    out.mkdir(parents=True, exist_ok=True)
-    save_as("last.pt", everything)  # from here on a second run into this folder is refused
+    save_as("last.pt", everything)
     size, more = sum(p.numel() for p in net.parameters()), f" and {world - 1} more" * (world > 1)
+    print_once(*folder.notes, sep="\n", end="\n" * bool(folder.notes))
     print_once(f"{c.model}, {size:,} parameters, on {device}{more}; side {c.size}, crops {photos.crop}; to {out}/\n"
                f"{c.data} ({folder.layout}): {len(photos.pairs)} photos to train, {len(held_out)} to validate, "
                f"{folder.classes} classes")  # fmt: skip
 
     # 5. the loop
     with processes.Interrupts() as interrupts:
-        gpu, ignore = device.type == "cuda", processes.ignore_signals
+        gpu, ignore = device.type == "cuda", processes.begin_worker
         how = dict(num_workers=4 * gpu if c.workers < 0 else c.workers, pin_memory=gpu, worker_init_fn=ignore)
         shares = processes.share_of_batches(len(photos), c.batch, c.seed, len(log) + 1, c.epochs, done)
         loader = iter(torch.utils.data.DataLoader(photos, batch_sampler=shares, **how))  # one for the whole run
         for epoch in range(len(log) + 1, c.epochs + 1):
-            began, quiet = time.time(), rank > 0 or None
+            began, quiet = time.monotonic(), rank > 0 or None
             for _ in tqdm(range(done, steps), f"epoch {epoch}", leave=False, disable=quiet):
                 image, truth = (x.to(device, non_blocking=True) for x in next(loader))
                 pixels = processes.sum_over_processes((truth != VOID).sum())
@@ -194,7 +211,7 @@ def train(c, net=None, folder=None):
             save_as("last.pt", everything)  # a long validation may be killed
             processes.copy_buffers_from_first(ema.module)
             rows = [scores(matrix) for matrix in evaluate_split(model, held_out)[0]]
-            seconds, score, loss = time.time() - began, rows[-1]["mIoU"], total / steps
+            seconds, score, loss = time.monotonic() - began, rows[-1]["mIoU"], total / steps
             log.append({"epoch": epoch, "loss": loss, "lr": schedule.get_last_lr()[0], "seconds": seconds})
             log[-1] |= {f"{name}_{t}": value for t, row in enumerate(rows, 1) for name, value in row.items()}
             best, done, total = max(best, score), 0, 0.0
@@ -223,16 +240,19 @@ def test(c, folder):
     matrices, curves = evaluate_split(model, photos)
     if processes.rank_and_world()[0] == 0:
         print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {path}", folder.names)
-        draw_samples(model, photos, path.parent / "samples.png")
+        samples = path.parent / "samples.png"
+        try:
+            if not (c.evaluate and samples.exists()):  # there it is the run's own
+                draw_samples(model, photos, samples)
+        except ValueError as error:  # a folder that may not be written
+            print_once(error)
 
 
 def main():
-    with processes.one_ending():
+    with processes.one_ending("train.py"):
         c = parse()
-        folder = survey(c.data, c.void)
-        if not c.evaluate:
-            train(c, folder=folder)
-            processes.gather_from_processes()  # wait until the first has written best.pt
+        folder = survey(c.data, c.void) if c.evaluate else train(c)
+        processes.gather_from_processes()  # wait until the first has written best.pt
         test(c, folder)
 
 

@@ -40,7 +40,7 @@ def load_polygons(path):
 
 def read_polygons(photo, mat, i):
     """The pixels inside any of the hands that the i-th entry outlines."""
-    mask = Image.new("L", Image.open(photo).size)
+    mask = Image.new("L", open_picture(photo, small=True).whole)
     for hand in "myleft", "myright", "yourleft", "yourright":
         outline = load_polygons(mat)[i][hand]
         if outline.ndim == 2 and outline.shape[1] == 2 and len(outline) > 2:  # an unseen hand is empty

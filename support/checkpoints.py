@@ -1,51 +1,79 @@
-"""Checkpoints, which are never half written and never run code, and the log of a run."""
+"""Files that are never half written, checkpoints that never run code, and the log of a run."""
 
-import csv
 import os
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-PARTS = {"network", "input", "classes", "model", "ema"}  # what every checkpoint holds: see train.py
+PARTS = {"network": dict, "input": dict, "classes": int, "model": dict, "ema": dict}  # of every checkpoint
+PROGRESS = {"optimiser": dict, "schedule": dict, "photos": dict}  # of last.pt, besides
+PROGRESS |= {"log": list, "best": float, "done": int, "total": float}
+FILES = "best.pt", "last.pt", "log.csv", "curves.png", "samples.png"  # what a run writes
 
 
-def save(path, content):
-    """Write under a temporary name, then rename: a killed run leaves the old checkpoint or the new one."""
-    part = path.with_suffix(".part")
+@contextmanager
+def new_file(path):
+    """A file under a temporary name, renamed once it is complete: a kill or a full disk leaves the old one."""
+    part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
-            torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
-        part.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        while error.__context__:  # torch's writer hides a full disk behind a RuntimeError
+            error = error.__context__
         raise ValueError(f"{path}: could not be written ({error}); its previous content is intact") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def save(path, content):
+    with new_file(path) as file:
+        torch.save(content, file)
+
+
+def first_line(error):
+    return (str(error).splitlines() or ["out of memory" if isinstance(error, MemoryError) else type(error).__name__])[0]
 
 
 def read_tensors(path, kind):
     """The tensors and plain values of a file, never code. ValueError where it is not of that kind."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; it must be {kind}")
     try:
+        if not path.is_file():
+            raise ValueError("not a file")  # reading a named pipe would wait forever
         if zipfile.is_zipfile(path):  # as torch.save writes today; torch.load does not look at the checksums
             with zipfile.ZipFile(path) as file:
+                if sum(part.file_size for part in file.infolist()) > path.stat().st_size:
+                    raise ValueError("compressed")  # to read it might take any amount of memory
                 if damaged := file.testzip():
                     raise ValueError(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; it must be {kind}") from None
     except Exception as error:  # a broken file raises any of half a dozen kinds of exception in torch.load
-        raise ValueError(f"{path}: is not {kind}, or is damaged ({type(error).__name__})") from None
+        what = error if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path}: is not {kind}, or is damaged ({what})") from None
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, parts=PARTS):
     content = read_tensors(path, "a checkpoint of train.py")
     keys = set(content if isinstance(content, dict) else ())
     if {"net", "config"} <= keys:
         raise ValueError(f"{path}: is a checkpoint of the first edition, which this one cannot read; train again")
-    if missing := PARTS - keys:
+    if missing := PARTS.keys() - keys:
         raise ValueError(f"{path}: is not a checkpoint of train.py; it lacks {', '.join(sorted(missing))}")
+    if missing := parts.keys() - keys:
+        lacks = ", ".join(sorted(missing))
+        raise ValueError(f"{path}: is no last.pt; it lacks {lacks}. --start {path} begins a new run")
+    if wrong := [name for name, kind in parts.items() if not isinstance(content[name], kind)]:
+        raise ValueError(f"{path}: is damaged; its {wrong[0]} is of the wrong type")
     return content
 
 
@@ -56,23 +84,25 @@ def one_sentence(path):
         yield
     except Exception as error:
         what = (str(error).splitlines() or [type(error).__name__])[-1].strip()
-        raise ValueError(f"{path}: does not hold what it describes ({what}); another version wrote it") from None
+        about = "it is damaged, or another version wrote it"
+        raise ValueError(f"{path}: does not hold what it describes ({what}); {about}") from None
 
 
 def refuse_taken(out, resume):
-    if out.is_file():
-        raise ValueError(f"--out {out}: is a file; it must be a folder")
-    if not resume and (out / "last.pt").exists():
-        raise ValueError(f"{out}: holds a run already; --resume goes on with it, another --out starts a new one")
+    """A new run never replaces the files of another, unless that one ended before its first step."""
+    taken = [] if resume else [name for name in FILES if os.path.lexists(out / name)]
+    if taken == ["last.pt"]:
+        content = read_checkpoint(out / "last.pt", PARTS | PROGRESS)
+        taken = taken if content["log"] or content["done"] else []
+    if taken:
+        about = "--resume goes on with it, another --out starts a new one"
+        raise ValueError(f"{out}: holds a run already ({taken[0]}); {about}")
 
 
 def write_log(log, out):
     """log.csv and curves.png, complete from the first epoch, so a resumed run has neither a gap nor a repetition."""
-    with open(out / "log.part", "w", newline="") as file:
-        table = csv.DictWriter(file, log[0])
-        table.writeheader()
-        table.writerows(log)
-    os.replace(out / "log.part", out / "log.csv")
+    with new_file(out / "log.csv") as file:
+        file.write("".join(",".join(map(str, row)) + "\n" for row in [log[0], *(row.values() for row in log)]).encode())
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(*zip(*((row["epoch"], row["loss"]) for row in log)))
@@ -81,4 +111,5 @@ def write_log(log, out):
         right.plot(*zip(*((row["epoch"], row[name]) for row in log)), label=name.replace("mIoU_", "pass "))
     right.set(xlabel="epoch", ylabel="validation mIoU")
     right.legend()
-    figure.savefig(out / "curves.png", dpi=80)
+    with new_file(out / "curves.png") as file:
+        figure.savefig(file, dpi=80)

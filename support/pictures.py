@@ -1,6 +1,8 @@
 """Opening photos and masks, resizing and normalising them, and pairing them by name in a folder."""
 
+import warnings
 from dataclasses import dataclass, field
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -9,37 +11,60 @@ from PIL import Image, ImageOps
 from rurnet import VOID  # noqa: F401  (for all who read masks)
 
 ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # no other: to open an EPS, Pillow runs Ghostscript
 SPLITS = ("train", "val", "test")
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of ImageNet, by custom
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of 90 megapixels; above 179 Pillow refuses
 
 
-def open_picture(path):
-    """The picture as Pillow opens it, turned upright by its EXIF tag. ValueError names a file that cannot be read."""
+def open_picture(path, small=False):
+    """The picture, upright: `turn` is its EXIF tag, `whole` its size. A `small` JPEG is decoded at an eighth of that.
+    ValueError names a file that cannot be read."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))
+        if not path.is_file():
+            raise ValueError("not a file")  # reading a named pipe would wait forever
+        picture = Image.open(path, formats=FORMATS)
         if picture.mode == "F":
             raise ValueError("floating-point values of unknown range")
+        turn, (w, h) = picture.getexif().get(0x0112, 1), picture.size
+        if small:
+            picture.draft("RGB", (64, 64))
+        ImageOps.exif_transpose(picture, in_place=True)
+        picture.load()
+        sideways = turn in (5, 6, 7, 8) and picture.format != "TIFF"  # of a TIFF Pillow turns the size itself
+        picture.turn, picture.whole = turn, (h, w) if sideways else (w, h)
         return picture
     except Exception as error:  # a broken file raises any of a dozen kinds of exception in Pillow
-        raise unreadable(path, error) from None
+        raise unreadable(path, error or type(error).__name__) from None
 
 
-def unreadable(path, error):
-    what = error or type(error).__name__
-    return ValueError(f"{path}: cannot be read as a picture ({what}); save it again as JPEG or PNG")
+def unreadable(path, why):
+    return ValueError(f"{path}: cannot be read as a picture ({why}); save it again as JPEG or PNG")
 
 
 def read_photo(path):
     """Any photograph as an RGB picture: grey, palette, transparent, 16-bit."""
     photo = open_picture(path)
     if photo.mode.startswith("I"):  # Pillow would clip 16 bits at 255 instead of scaling them
-        photo = Image.fromarray((np.asarray(photo).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
-    return photo.convert("RGBA" if photo.mode == "P" else "RGB").convert("RGB")
+        values = np.asarray(photo)
+        if values.min() < 0 or values.max() > 65535:
+            raise unreadable(path, "more than 16 bits a pixel")
+        photo = Image.fromarray((values // 257).astype(np.uint8))
+    if photo.mode == "P":
+        photo = photo.convert("RGBA")
+    return photo if photo.mode == "RGB" else photo.convert("RGB")
 
 
 def read_labels(path):
     """The numbers stored in a mask, (H, W). Only a palette's indices count; its colours are for looking at."""
     mask = open_picture(path)
+    if getattr(mask, "n_frames", 1) > 1:
+        raise ValueError(f"{path}: holds {mask.n_frames} pages; save the one that is the mask")
+    if mask.mode == "P":
+        used = np.unique(mask)
+        colours = np.array(mask.getpalette()).reshape(-1, 3)[used]
+        if used[0] == 0 and colours[0].min() > 127 and (colours == colours[:, :1]).all():
+            raise ValueError(f"{path}: is a palette whose index 0, the background, is white; save it as greyscale")
     if mask.mode in ("1", "L", "P") or mask.mode.startswith("I"):
         return np.asarray(mask).astype(np.int32)
     bands = np.asarray(mask.convert("RGBA")).astype(np.int32)
@@ -74,6 +99,7 @@ class Found:
     names: tuple = ()  # of the classes; empty where the masks decide how many there are
     pairs: dict = field(default_factory=lambda: {split: [] for split in SPLITS})
     problems: list = field(default_factory=list)
+    notes: list = field(default_factory=list)  # what a user should know, and what stops nothing
 
     def add(self, split, name, photo, mask, read=None):
         missing = [f"{file}" for file in (photo, mask) if not file.exists()]
@@ -88,24 +114,29 @@ def has(folder, *names):
     return set(names) <= {path.name for path in folder.iterdir()}
 
 
+def stem_of(path):
+    """The name without its ending. One letter with an accent may be stored in two ways; this makes them equal."""
+    return normalize("NFC", path.stem)
+
+
 def by_stem(folder, problems):
     """{name without ending: path} of the pictures in a folder."""
     found = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
-            if path.stem in found:
-                problems.append(f"{path}: has the name of {found[path.stem].name}; give each picture its own name")
-            found[path.stem] = path
+            other = found.setdefault(stem_of(path), path)
+            if other != path:
+                problems.append(f"{path}: has the name of {other.name}; give each picture its own name")
     return found
 
 
 def read_list(path, problems):
     """The names in a list, one a line, without a picture's ending."""
-    if not path.exists():
+    if not path.is_file():
         problems.append(f"{path}: missing; the lists for {', '.join(SPLITS)} come together")
         return []
     try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig: Windows puts a mark before UTF-8
+        text = normalize("NFC", path.read_text(encoding="utf-8-sig"))  # -sig: Windows puts a mark before UTF-8
     except UnicodeDecodeError:
         problems.append(f"{path}: is not UTF-8 text; save it as plain text, one name a line")
         return []

@@ -11,6 +11,14 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from support.checkpoints import first_line, refuse_taken
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+held = []  # the descriptor of the folder that this process holds
+
 
 def rank_and_world():
     """Which process this is, and how many there are."""
@@ -27,6 +35,29 @@ def join():
     if "RANK" in os.environ and not distributed.is_initialized():  # torchrun sets it
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     return torch.device("cuda", gpu) if gpus else torch.device("cpu")
+
+
+@contextmanager
+def exclusive(out, resume):
+    """Hold a run's folder against other runs. The system frees it when this process ends, even killed."""
+    if out.is_file():
+        raise ValueError(f"--out {out}: is a file; it must be a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if fcntl and rank_and_world()[0] == 0:
+            held.append(os.open(out, os.O_RDONLY))
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refuse_taken(out, resume)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{out}: another run is writing there; wait for its end, or name another --out") from None
+    finally:
+        release()
+
+
+def release():
+    while held:
+        os.close(held.pop())
 
 
 def share(net, batch):
@@ -105,43 +136,51 @@ class Interrupts:
     def leave(self, where, data, out):
         gather_from_processes()  # wait until the first has saved: torchrun ends all processes when one ends
         again = shlex.join(["python", "train.py", "--data", data, "--out", str(out), "--resume"])
+        if rank_and_world()[1] > 1:
+            again = "the same torchrun command with --resume"
         print_once(f"stopped after {where}, all is saved; {again} goes on", file=sys.stderr)
         sys.exit(128 + (self.seen or signal.SIGTERM))
 
 
-def ignore_signals(_):
-    """For loading workers: the training process finishes its step with them and ends them itself, by SIGTERM."""
+def begin_worker(_):
+    """Of loading photos. The training process finishes its step with its workers and ends them itself, by SIGTERM."""
+    release()  # the workers of a killed run live on for seconds
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):  # in a group of their own they get no SIGTERM from anybody else
         os.setpgrp()
 
 
 def is_out_of_memory(error):
-    words = "allocate memory", "not enough memory", "out of memory"  # on CPUs torch has no class for it
+    words = "allocate memory", "not enough memory", "out of memory", "could not create a primitive"
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
-def status_of(error):
-    """How train.py ends after an exception: a number, a sentence, or None where the traceback should be seen."""
-    text, first = str(error), (str(error).splitlines() or ["out of memory"])[0]
+def status_of(error, script):
+    """How a script ends after an exception: a number, a sentence, or None where the traceback should be seen."""
+    text, first = str(error), first_line(error)
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
         return getattr(error, "code", 130)
-    if isinstance(error, (ValueError, OSError)):  # OSError: a full disk, a folder that may not be written
-        return "train.py: " + (text.splitlines()[-1] if text.startswith("Caught") else text)  # a worker's traceback
+    if isinstance(error, (ValueError, OSError)):  # OSError: a full disk, a folder that may not be read or written
+        return f"{script}: " + (text.splitlines()[-1] if text.startswith("Caught") else text)  # a worker's traceback
     if is_out_of_memory(error):
-        return f"train.py: {first}; a smaller --batch, --crop or --size takes less, and so does --recompute 1"
+        advice = "; a smaller --batch, --crop or --size takes less, and so does --recompute 1"
+        return f"{script}: {first}" + advice * (script == "train.py")
+    if text.startswith("DataLoader worker"):
+        return f"{script}: {first}; --resume goes on"
     if rank_and_world()[1] > 1 and ("gloo" in text or isinstance(error, distributed.DistError)):
-        return f"train.py: {first}; did another process end?"
+        return f"{script}: {first}; did another process end?"
 
 
 @contextmanager
-def one_ending():
+def one_ending(script):
     """Around a whole script: it ends with a number or a sentence, or with a traceback where the fault is ours."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by support/terminal.py while torch loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 0
     try:
         yield
     except BaseException as error:
-        if (status := status_of(error)) is None:
+        if (status := status_of(error, script)) is None:
             raise
     if distributed.is_initialized() and status in (0, 130, 143):  # otherwise the others may be waiting
         distributed.destroy_process_group()

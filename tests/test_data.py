@@ -109,6 +109,10 @@ def test_photos_of_every_kind_read_alike(tmp_path):
     photo.convert("L").save(tmp_path / "grey.png")
     photo.convert("RGBA").save(tmp_path / "alpha.png")
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    Image.fromarray(pixels[..., 0].astype(np.int32) * 70_000).save(tmp_path / "thirty-two.tif")
+    with pytest.raises(ValueError, match="thirty-two.tif: cannot be read as a picture .more than 16 bits"):
+        read_photo(tmp_path / "thirty-two.tif")
+    (tmp_path / "thirty-two.tif").unlink()
     for orientation in STORED:
         save_turned(photo, tmp_path / f"turned{orientation}.png", orientation)
     for ending in "jpg", "tif", "webp":
@@ -165,6 +169,12 @@ def odd_name(f):
     (f / "train.txt").write_text("p0\nmy hand.v2 손 é\np2\np3\n", encoding="utf-8")
 
 
+def accents(f):
+    rename("images/p1.png", "images/e\u0301.png")(f)
+    rename("masks/p1.png", "masks/\u00e9.png")(f)
+    (f / "train.txt").write_text("p0\ne\u0301\np2\np3\n", encoding="utf-8")
+
+
 FOLDERS = {  # what is done to the folder: words of the error, or None where it reads as if nothing had happened
     "photo: text": (write("images/p1.png", b"hello"), "images/p1.png: cannot be read as a picture"),
     "photo: dead link": (lambda f: delete("images/p1.png")(f) or (f / "images/p1.png").symlink_to("p9.png"), "missing"),
@@ -184,6 +194,10 @@ FOLDERS = {  # what is done to the folder: words of the error, or None where it 
     "mask: 0 and 1 among 0 and 255": (remask(P1), "masks/p1.png is 0 and 1; use one of the two in all masks"),
     "mask: colours": (lambda f: blob()[0].save(f / "masks/p1.png"), "p1.png: holds colours ((20, 20, 20)"),
     "mask: transparency": (lambda f: Image.merge("LA", [blob()[1]] * 2).save(f / "masks/p1.png"), "or transparency;"),
+    "mask: two pages": (
+        lambda f: blob()[1].save(f / "masks/p1.png", save_all=True, append_images=[blob(x=2)[1]]), "holds 2 pages"),
+    "mask: a palette with white first": (
+        lambda f: blob()[1].convert("RGB").quantize(2).save(f / "masks/p1.png"), "index 0, the background, is white"),
     "masks: of one class": (lambda f: [remask(BOX * 0, f"p{i}.png")(f) for i in range(6)], "every mask holds one"),
     "masks: void in val": (lambda f: [remask(BOX | (i == 4) * 255, f"p{i}.png")(f) for i in range(6)], "of val hold"),
     "folder: a mask is missing": (delete("masks/p1.png"), "masks/p1.*: missing; a photo and its mask come together"),
@@ -192,6 +206,7 @@ FOLDERS = {  # what is done to the folder: words of the error, or None where it 
     "folder: another case": (rename("masks/p1.png", "masks/P1.png"), "masks/p1.*: missing"),
     "folder: an ending in capitals": (rename("images/p1.png", "images/p1.PNG"), None),
     "folder: spaces, dots, not ASCII": (odd_name, None),
+    "folder: one name, stored in two ways": (accents, None),
     "lists: an absent name": (write("val.txt", b"p4\nq9\n"), "images/q9.* and"),
     "lists: a name in train and val": (write("val.txt", b"p4\np0\n"), "val.txt: names p0, which train.txt has already"),
     "lists: a name twice, once with ending": (write("val.txt", b"p4\np4.png\n"), "names p4, which val.txt has"),
@@ -231,6 +246,30 @@ def test_check_counts_and_lists_every_problem(folder):
     assert done.returncode == 1 and all(f"p{i}" in done.stdout for i in (1, 2, 3)) and "\n3 problems" in done.stdout
     with pytest.raises(ValueError, match="\n2 more such lines: python data.py --check"):
         open_dataset(folder, "train")
+
+
+def test_check_notes_what_a_user_may_not_expect(folder):
+    photo = Image.open(folder / "images/p0.png")
+    save_turned(photo, folder / "images/p0.png", 3)
+    save_turned(photo, folder / "images/p1.png", 3)
+    save_turned(Image.open(folder / "masks/p1.png"), folder / "masks/p1.png", 3)
+    Image.merge("RGBA", [*photo.split(), blob()[1]]).save(folder / "images/p2.png")
+    write("train.txt", b"p0\np1\np2\n")(folder)
+    done = run("data.py", "--check", folder)
+    for words in ("turned by EXIF, but their masks are not", "turned by EXIF, and so are", "photos have a fourth band",
+                  "images: 1 photos are in no list (p3, ...)", "\n0 problems"):  # fmt: skip
+        assert words in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("change", [
+    lambda f: blob(50, 32)[0].save(f / "images/p0.png"), remask(BOX[:-1], "p0.png"), remask(BOX * 7, "p0.png")])
+def test_a_photo_or_mask_that_changes_while_training_is_named(folder, change):
+    for i in range(6):
+        remask(BOX, f"p{i}.png")(folder)
+    photos = open_dataset(folder, "train", 16, augment=True)
+    change(folder)
+    with pytest.raises(ValueError, match="p0.png: the photo or its mask has changed since it was checked"):
+        photos[0]
 
 
 def test_a_folder_is_surveyed_anew_and_a_survey_is_not(folder):

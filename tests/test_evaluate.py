@@ -12,7 +12,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from data import open_dataset
-from evaluate import Segmenter, break_even, confusion, evaluate_split, load, print_table, scores, start_from
+from evaluate import (Segmenter, break_even, confusion, evaluate_split, load, print_table, scores, segment,
+                      start_from, to_classes, to_photo)  # fmt: skip
 from paper.baselines import build
 from rurnet import RecurrentUNet
 
@@ -42,6 +43,16 @@ def test_a_run_starts_from_all_weights_but_the_head_of_other_classes(tmp_path, c
             assert torch.equal(x, (fresh if name.startswith("head.") and before != now else want)[name]), name
 
 
+def test_logits_that_are_no_numbers_and_photos_too_long_are_refused(tmp_path):
+    write_checkpoint(tmp_path / "it.pt", width=4)
+    model = load(tmp_path / "it.pt")
+    with pytest.raises(ValueError, match="16x40000 is too much for a network of short side 512"):
+        Segmenter(model.net, 512, 1, 1).to_input(Image.new("L", (16, 40000)))
+    model.net.head.weight.data.mul_(1e38).mul_(1e38)
+    with pytest.raises(ValueError, match="no number"):
+        segment(model, Image.new("RGB", (40, 40), (200, 10, 10)))
+
+
 def test_another_architecture_is_refused(tmp_path):
     write_checkpoint(tmp_path / "it.pt", "dru", width=4)
     for name, options in ("sru", {"width": 4}), ("dru", {"width": 8}), ("unet-g", {"width": 4}):
@@ -52,6 +63,13 @@ def test_another_architecture_is_refused(tmp_path):
 def probabilities(s, photo):  # logits (1, K, h, w) are enlarged first, and then made to sum to one in each pixel
     s = torch.exp(F.interpolate(s, (photo.height, photo.width), mode="bilinear")[0])
     return s / s.sum(0)
+
+
+@law
+@given(k=st.integers(2, 5), size=st.tuples(*[st.integers(16, 90)] * 4), seed=seeds)
+def test_classes_in_strips_are_the_likeliest(k, size, seed):
+    s, photo = torch.randn(1, k, *size[:2], generator=torch.Generator().manual_seed(seed)), Image.new("L", size[2:])
+    np.testing.assert_array_equal(to_classes(s, photo, rows=7), to_photo(s, photo).max(0).indices)
 
 
 def test_two_views_are_the_mean_of_photo_and_mirror():

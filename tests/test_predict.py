@@ -1,5 +1,7 @@
 """From a checkpoint, which may be damaged or foreign, to masks and to ONNX."""
 
+import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -9,11 +11,13 @@ import pytest
 import torch
 from conftest import FUZZ, blob, letter_f, raising, run, spoiled, write_checkpoint
 from hypothesis import given
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch.nn import functional as F
 
+import evaluate
 import predict
 from evaluate import load, segment
+from paper.baselines import build
 from rurnet import PlainUNet
 from support import checkpoints, export
 from support.pictures import normalise, read_photo
@@ -31,6 +35,24 @@ def turn_a_bit(best, out):
     content = bytearray(best.read_bytes())
     content[len(content) // 2] ^= 1
     out.write_bytes(content)
+
+
+def reweigh(f):
+    read = lambda best: torch.load(best, weights_only=True)["ema"]
+    return lambda best, out: change(ema={name: f(x) for name, x in read(best).items()})(best, out)
+
+
+def expand(best, out):
+    """A small file whose weights have the shapes of a large network, each of one number."""
+    shapes = build("dru", 2, width=128).state_dict()
+    ema = {name: torch.zeros(1).expand(x.shape) for name, x in shapes.items()}
+    change(network={"name": "dru", "options": {"width": 128}}, ema=ema, model={})(best, out)
+
+
+def deflate(best, out):
+    shutil.copy(best, out)
+    with zipfile.ZipFile(out, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("best/data/999", bytes(10**7))
 
 
 DAMAGED, WHAT = "is not a checkpoint of train.py, or is damaged", "does not hold what it describes "
@@ -55,18 +77,28 @@ CHECKPOINTS = {  # how it is made from a good one: words of the sentence
     "a later version's settings": (change(config={"model": "dru", "depth": 3}), WHAT),
     "settings that no run has": (change(config={"level": -1}), WHAT),
     "settings of the wrong kind": (change(config={"level": "four"}), WHAT),
+    "parts of the wrong kind": (change(classes="2"), "its classes is of the wrong type"),
+    "of a network too wide": (change(network={"name": "dru", "options": {"width": 1024}}), WHAT + "(size mismatch for"),
+    "of views too large": (change(input={"size": 8192, "passes": 2, "views": 1}), WHAT + "(size 8192"),
+    "weights that fill no file": (expand, WHAT + "(its network is larger than the file"),
+    "weights that are no numbers": (reweigh(lambda x: x * torch.nan), WHAT + "(outer.down.0.0.weight is not finite"),
+    "complex weights": (reweigh(lambda x: x.cfloat()), WHAT + "(outer.down.0.0.weight is torch.complex64"),
+    "a compressed member": (deflate, "or is damaged (compressed)"),
 }
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_foreign_checkpoint_gets_one_sentence(trained, tmp_path, monkeypatch, name):
-    (make, words), photos = CHECKPOINTS[name], trained[0] / "photos"
+    (make, words), photos, devices = CHECKPOINTS[name], trained[0] / "photos", set()
+    watch = lambda net: devices.update(p.device.type for p in net.parameters()) or net
+    monkeypatch.setattr(evaluate, "build", lambda *a, **how: watch(build(*a, **how)))
     make(trained[0] / "run/best.pt", tmp_path / "it.pt")
     monkeypatch.chdir(tmp_path)
     commands = [("train.py", "--data", photos, "--evaluate", "it.pt"), ("predict.py", "it.pt", photos / "images")]
     for args in commands[: 1 if "settings" in name else 2]:  # predict.py reads no settings
         done = run(*args)
         assert done.stderr.startswith(f"{args[0]}: it.pt: ") and words in done.stderr and done.stderr.count("\n") == 1
+    assert devices <= {"meta"}  # shapes are compared before memory is taken
 
 
 def test_a_spoiled_checkpoint_is_read_or_named(trained, tmp_path):
@@ -141,16 +173,62 @@ def test_an_overlay_dims_the_background_and_tints_and_outlines_each_class():
     assert got[20, 30].tolist() == (75 + 0.25 * predict.COLOURS[1]).astype(int).tolist()
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("not enough memory: tried to allocate 9 GB")])
-def test_a_photo_too_large_for_memory_is_named_and_passed(trained, tmp_path, monkeypatch, error):
-    command = "predict.py", trained[0] / "run/best.pt", trained[0] / "photos/images", "--out", tmp_path
-    calls = iter([segment, raising(error), *[segment] * 6])
-    monkeypatch.setattr(predict, "segment", lambda *a, **how: next(calls)(*a, **how))
+@pytest.mark.parametrize("owner, name, each, error, words", [
+    (predict, "segment", 1, MemoryError(), "p1.png: out of memory"),
+    (predict, "segment", 1, RuntimeError("not enough memory: tried to allocate 9 GB"), "p1.png: not enough memory"),
+    (predict, "overlay", 1, RuntimeError("could not create a primitive"), "p1.png: could not create a primitive"),
+    (os, "fsync", 2, OSError(28, "No space left"), "out/p1.png: could not be written ([Errno 28] No space left); its"),
+])  # fmt: skip
+def test_a_failure_is_named_and_the_batch_goes_on(trained, tmp_path, monkeypatch, owner, name, each, error, words):
+    command = "predict.py", trained[0] / "run/best.pt", trained[0] / "photos/images", "--out", tmp_path / "out"
+    works = getattr(owner, name)
+    calls = iter([*[works] * each, raising(error), *[works] * 14])
+    monkeypatch.setattr(owner, name, lambda *a, **how: next(calls)(*a, **how))
     done = run(*command)
-    assert done.returncode == 1 and "p1.png: " in done.stderr and "memory" in done.stderr and "7 masks" in done.stdout
-    monkeypatch.setattr(predict, "segment", raising(RuntimeError("Triton Error [CUDA]: invalid argument")))
+    assert done.returncode == 1 and words in done.stderr and "7 masks" in done.stdout
+    assert len(list((tmp_path / "out").glob("*_overlay.jpg"))) == 7 and not list((tmp_path / "out").glob(".*"))
+    monkeypatch.setattr(predict, "overlay", raising(RuntimeError("Triton Error [CUDA]: invalid argument")))
     with pytest.raises(RuntimeError, match="invalid argument"):  # not the photo's fault
         run(*command)
+
+
+STRANGE = {  # what has a picture's name and is none
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "another format": lambda p: p.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_picture_is_a_file_of_the_listed_formats(trained, tmp_path, monkeypatch, name):
+    shutil.copytree(trained[0] / "photos", tmp_path / "in")
+    (tmp_path / "in/images/p3.png").unlink()
+    STRANGE[name](tmp_path / "in/images/p3.png")
+    ran = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: ran.append(1))
+    done = run("predict.py", trained[0] / "run/best.pt", tmp_path / "in/images", "--out", tmp_path / "out")
+    assert "p3.png: cannot be read as a picture" in done.stderr and "7 masks" in done.stdout
+    done = run("data.py", "--check", tmp_path / "in")
+    assert done.returncode == 1 and "1 problems" in done.stdout and "p3.png: " in done.stdout and not ran
+
+
+def test_what_exists_is_replaced_by_nobody_else(trained, tmp_path, monkeypatch):
+    """predict.py replaces only what it has written itself, whatever the file is."""
+    best, one = shutil.copy(trained[0] / "run/best.pt", tmp_path), trained[0] / "photos/images/p1.png"
+    monkeypatch.chdir(tmp_path)
+    commands = {"predicted/p1.png": [one], "predicted/p1_overlay.jpg": [one], "it.onnx": ["--export", "it.onnx"],
+                "best.pt": ["--export", "best.pt"]}  # fmt: skip
+    for name, args in commands.items():
+        if name != "best.pt":
+            for _ in range(2):
+                assert run("predict.py", best, *args).returncode == 0
+            (tmp_path / name).write_bytes(blob()[1].tobytes())
+        before = (tmp_path / name).read_bytes()
+        done = run("predict.py", best, *args)
+        assert done.returncode == 1 and f"{name}: exists, and predict.py did not write it" in done.stderr
+        assert (tmp_path / name).read_bytes() == before
+        os.remove(name)
 
 
 def test_frames_carry_the_state_in_order_of_number(tmp_path):

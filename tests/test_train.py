@@ -18,17 +18,18 @@ import pytest
 import torch
 from conftest import BOX, HERE, TINY, alike, process, raising, run, write_pair
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import data
 import train
-from evaluate import evaluate_split, load, scores
+from evaluate import draw_samples, evaluate_split, load, scores
 from paper import baselines
 from rurnet import PlainUNet, RecurrentUNet
 from support import processes, runtime
-from support.checkpoints import read_checkpoint, save
+from support.checkpoints import read_checkpoint, save, write_log
+from support.export import export
 from train import Config, parse
 
 
@@ -76,6 +77,8 @@ def test_evaluate_prints_the_table_again_and_takes_passes_and_views(trained, pho
     table = lambda *flags: run("train.py", "--data", photos, "--evaluate", path, *flags).stdout.splitlines()[3:]
     rows, five, two = trained[1].splitlines()[-3:], table("--passes", 5), table("--views", 2)
     assert table() == rows == five[:3] and len(five) == 5 and (tmp_path / "samples.png").exists()
+    (tmp_path / "samples.png").write_bytes(b"mine")
+    assert table() == rows and (tmp_path / "samples.png").read_bytes() == b"mine"
     model = load(path)
     model.views = 2
     want = [scores(matrix)["mIoU"] for matrix in evaluate_split(model, data.open_dataset(photos, "test"))[0]]
@@ -194,7 +197,7 @@ MISTAKES = [  # what follows `train.py --data {at}/photos --out {tmp}`, and word
     ("--weights {at}/run/best.pt", "dru has no pretrained encoder"),
     ("--model dru-vgg16 --weights {tmp}/absent.pth", "absent.pth: "),
     ("--data {wrong}/fewer --out {at}/run --resume", "{wrong}/fewer: its photos or classes have changed since"),
-    ("--out {wrong}/odd --resume", "last.pt: does not hold what it describes ('optimiser')"),
+    ("--out {wrong}/odd --resume", "last.pt: is no last.pt; it lacks optimiser, schedule"),
     *((flags, f"{flags}: must be from ") for flags in OUTSIDE.split(", ")),
 ]
 
@@ -293,26 +296,117 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, short, tmp_path, monkeyp
     (ValueError("Caught ValueError in worker 0.\n  trace\nValueError: a.png: gone"), 1, "train.py: ValueError: a.png"),
     (MemoryError(), 1, "train.py: out of memory; a smaller --batch, --crop or --size takes less, and so does"),
     (torch.OutOfMemoryError("CUDA out of memory\nmore"), 1, "train.py: CUDA out of memory; a smaller --batch"),
+    (RuntimeError("could not create a primitive"), 1, "train.py: could not create a primitive; a smaller --batch"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "train.py: DataLoader worker (pid 7)"),
     (RuntimeError("[gloo] connection closed\nmore"), 2, "train.py: [gloo] connection closed; did another process end?"),
     (RuntimeError("[gloo] connection closed"), 1, None),  # of one process, so an error of our own
     (RuntimeError("CUDA error: an illegal memory access was encountered"), 2, None),
 ])  # fmt: skip
 def test_a_run_ends_with_one_sentence_but_for_our_own_errors(monkeypatch, error, world, status):
     monkeypatch.setattr(processes, "rank_and_world", lambda: (0, world))
-    with pytest.raises(SystemExit if status else type(error)) as ended, processes.one_ending():
+    with pytest.raises(SystemExit if status else type(error)) as ended, processes.one_ending("train.py"):
         raise error
     got = ended.value.code if status else None
     assert got == status or got.startswith(status) and "\n" not in got
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, error):
-    path = tmp_path / "last.pt"
-    save(path, {"a": torch.ones(3)})
-    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"half") and raising(error)())
-    with pytest.raises(ValueError, match="last.pt: could not be written .*its previous content is intact"):
-        save(path, {"a": torch.zeros(3)})
-    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3)) and [*tmp_path.iterdir()] == [path]
+WRITERS = {  # all that writes a file
+    "checkpoint": lambda path, best: save(path, {"a": torch.zeros(3)}),
+    "log.csv": lambda path, best: write_log([{"epoch": 1, "loss": 1.0, "mIoU_1": 0.5}], path.parent),
+    "samples": lambda path, best: draw_samples(load(best), data.open_dataset(best.parents[1] / "photos", "test"), path),
+    "network": lambda path, best: export(load(best), path),
+}
+
+
+HIDDEN = RuntimeError("unexpected pos 1172224")  # as torch's writer hides a full disk
+HIDDEN.__context__ = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), HIDDEN])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_what_was_there(trained, tmp_path, monkeypatch, name, error):
+    (tmp_path / name).write_text("before")
+    monkeypatch.setattr(os, "fsync", raising(error))
+    with pytest.raises(ValueError, match=f"{name}: could not be written .*No space.*its previous content is intact"):
+        WRITERS[name](tmp_path / name, trained[0] / "run/best.pt")
+    assert (tmp_path / name).read_text() == "before" and [*tmp_path.iterdir()] == [tmp_path / name]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such locks")
+def test_a_folder_belongs_to_one_run(trained, photos, tmp_path):
+    """That a killed run frees its folder is shown above: the next begins at once."""
+    import fcntl
+
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    shutil.copytree(trained[0] / "run", tmp_path, dirs_exist_ok=True)
+    for resume in [], ["--resume"]:
+        done = run("train.py", "--data", photos, "--out", tmp_path, *resume)
+        assert done.stderr.startswith(f"train.py: {tmp_path}: another run is writing there") and done.returncode == 1
+    os.close(held)
+    assert run("train.py", "--data", photos, "--out", tmp_path, "--resume").returncode == 0
+
+
+def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tmp_path, monkeypatch):
+    for name in "best.pt", "last.pt", "log.csv", "curves.png", "samples.png":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        if name != "last.pt":
+            done = run("train.py", "--data", photos, "--out", tmp_path / name, *TINY)
+            assert f"{name}: holds a run already ({name}); --resume" in done.stderr
+        assert (tmp_path / name / name).read_text() == "mine"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "recurrent_loss", raising(KeyboardInterrupt()))
+        train.train(tiny(photos, tmp_path / "new"))
+    train.train(tiny(photos, tmp_path / "new", epochs=1, level=2))
+    assert read_checkpoint(tmp_path / "new/last.pt")["config"]["level"] == 2
+
+
+CHANGES = {  # between stop and resume
+    "train/p0 changed, 1 in all": lambda at: (at / "images/p0.png").write_bytes((at / "images/p1.png").read_bytes()),
+    "p0 changed, train/p1 changed, ": lambda at: [ImageOps.invert(Image.open(p)).save(p) for p in at.glob("masks/*")],
+    " gone, ": lambda at: [path.unlink() for path in at.glob("*/p0.png")],
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_resuming_says_what_has_changed(trained, tmp_path, words):
+    shutil.copytree(trained[0] / "photos", tmp_path / "photos")
+    shutil.copytree(trained[0] / "run", tmp_path / "run")
+    CHANGES[words](tmp_path / "photos")
+    done = run("train.py", "--data", tmp_path / "photos", "--out", tmp_path / "run", "--resume")
+    assert "its photos or classes have changed since" in done.stderr and words in done.stderr
+    again = re.search("(--start .*)\n", done.stderr)[1].split()
+    assert run("train.py", "--data", tmp_path / "photos", "--out", tmp_path / "new", *again, *TINY[4:]).returncode == 0
+
+
+@pytest.mark.parametrize("part, value", [
+    ("log", "abc"), ("done", "x"), ("best", None), ("total", []), ("optimiser", 3), ("photos", 3), ("network", 5),
+    ("config", 7), ("schedule", {"last_epoch": "x"}), ("log", [1]), ("model", {}),
+])  # fmt: skip
+def test_a_last_checkpoint_of_wrong_types_gets_one_sentence(trained, photos, tmp_path, part, value):
+    torch.save(read_checkpoint(trained[0] / "run/last.pt") | {part: value}, tmp_path / "last.pt")
+    done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
+    assert done.stderr.startswith(f"train.py: {tmp_path}/last.pt: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_settings_of_a_checkpoint_must_build_its_network(trained, photos, tmp_path):
+    network, ema = {"name": "dru", "options": {"width": 2}}, baselines.build("dru", 2, width=2).state_dict()
+    content = read_checkpoint(trained[0] / "run/last.pt") | {"network": network, "ema": ema}
+    torch.save(content, tmp_path / "last.pt")
+    done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
+    assert "last.pt: holds {'name': 'dru', 'options': {'width': 2}}, but its settings build" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such shell")
+@pytest.mark.parametrize("shell", ['exec "$@"', 'exec "$@" >&- 2>&-', 'exec "$@" 0<&- >&- 2>&-'])
+def test_any_name_and_any_stream_will_do(photos, tmp_path, shell):
+    shutil.copytree(photos, tmp_path / "手\x1b[31m")
+    args = "data.py", "--check", tmp_path / "手\x1b[31m"
+    how = dict(capture_output=True, cwd=HERE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    done = subprocess.run(["bash", "-c", shell, "-", sys.executable, *map(str, args)], **how)
+    shown = b"" if ">&-" in shell else b"\\u624b\\x1b[31m"
+    assert done.returncode == 0 and b"\x1b" not in done.stdout and shown in done.stdout
 
 
 # ---------------------------------------------------------------- several processes
