@@ -13,9 +13,8 @@ One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4. 
 TRANSFERS has every such count, and `python -m experiments.bench --gpu OUT` measures on a GPU what comes of it.
 The backward kernel computes z and c again. Saving them would cost two more writes: 6 transfers in place of 4.
 
-CPU tensors take the plain expression. So does everything where triton is missing, and everything that is traced:
-torch.compile fuses the plain gate with its neighbours, and exported models must not need Triton. A launch from Python
-takes longer than a small tensor's traffic, so support/runtime.py replays CUDA graphs.
+CPU tensors and traced calls take the plain expression: torch.compile fuses it with its neighbours, and exported models
+must not need Triton. A launch from Python takes long, so support/runtime.py replays CUDA graphs.
 """
 
 from __future__ import annotations  # so that `BLOCK: tl.constexpr` is not looked up where triton is missing
@@ -35,8 +34,7 @@ except ImportError:  # macOS, Windows
 # TRITON_INTERPRET=1, set before triton is imported, runs kernels in numpy, line by line: how a CPU tests them
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024  # elements of one program: 8 for each thread, so a thread loads 16 bytes at once
-ONCE = 16384  # elements of a group's block that one program of a norm can hold in registers
-SPAN = 4096  # elements that a program of a larger group reads at once
+ONCE, SPAN = 16384, 4096  # elements that a program of a norm holds: a whole group, or a block of a larger one
 
 TRANSFERS = {  # (fused, eager, and eager with torch.lerp(c, h, z) for eq. (5)); tests count them
     ("update", "forward"): (4, 15, 8),
@@ -204,12 +202,10 @@ def _group_bwd(g_ptr, x_ptr, w_ptr, b_ptr, db_ptr, dw_ptr, dx_ptr, groups, width
     tl.store(dx_ptr + start + i, rstd * (w * g - wg - xhat * wgx), here)
 
 
-# Larger groups take two kernels, and each channel of theirs several programs, as a GPU has room for hundreds.
-
-
 @jit
 def _norm_sums(x_ptr, mean_ptr, m2_ptr, HW, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a part: the mean, and the sum of squares about that mean."""
+    """Larger groups take two kernels, and each channel of theirs several programs, as a GPU has room for hundreds.
+    This one finds, of one part of a channel, the mean and the sum of squares about that mean."""
     at, parts = tl.program_id(0), tl.cdiv(HW, SPAN)
     channel, begin = at // parts, at % parts * SPAN  # a sample's channel; only the first axis of a grid may be long
     x_ptr += channel.to(tl.int64) * HW
