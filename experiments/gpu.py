@@ -38,6 +38,11 @@ def shuffled_rounds(names, rounds):
         yield from random.Random(k).sample(names, len(names))
 
 
+def times_faster(plain, ms):
+    """Than plain: the median of the ratios within rounds."""
+    return statistics.median(a / b for a, b in zip(plain, ms))
+
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -74,7 +79,7 @@ def print_forms(title, forms):
         memory[name] = (cuda.max_memory_allocated() - before) / 2**20
     times = time_forms(forms)
     for name, ms in times.items():
-        ratio = statistics.median(a / b for a, b in zip(times["plain"], ms))
+        ratio = times_faster(times["plain"], ms)
         low, mid, high = statistics.quantiles(ms, n=4)
         print(f"{title:44}{name:26}{mid:9.3f} ms ({low:.3f} to {high:.3f}){ratio:8.3f}x{memory[name]:9.1f} MB")
 
@@ -183,8 +188,7 @@ def time_kernels():
             times = time_forms({form: captured(row) for form, row in calls.items()})
             passes = TRANSFERS[name.split(",")[0], way][0]
             for form, ms in times.items():
-                share = statistics.median(passes / 2 * a / b for a, b in zip(times["copy"], ms))
-                ratio = statistics.median(b / a for a, b in zip(times["fused"], ms))
+                share, ratio = passes / 2 * times_faster(times["copy"], ms), times_faster(ms, times["fused"])
                 print(f"{name:20} {way:9}{str(dtype)[6:]:9}{mb:4} MB  {form:36}{statistics.median(ms) / sets:9.4f} ms"
                       f"{share:9.1%} of a copy's speed{ratio:8.3f} of fused's time")  # fmt: skip
         torch.compiler.reset()

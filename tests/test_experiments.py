@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
+import pytest
 import torch
 from conftest import HERE, SCRIPTS, count_parameters, run
 from PIL import Image
@@ -35,16 +36,19 @@ def test_bench_compares_forms_within_shuffled_rounds(capsys, monkeypatch):
     order, ms = [], {"plain": iter([4.0] * 8 + [40.0] * 2), "slow": iter([8.0] * 10)}
     forms = {name: lambda name=name: order.append(name) or next(ms[name]) for name in ms}
     monkeypatch.setattr(bench, "timed", lambda call: call())
-    assert bench.compare(forms, rounds=9, warm=1) == {"plain": 4, "slow": 8}  # the two slow rounds do not count
+    assert bench.compare("", forms, rounds=9, warm=1) == {"plain": 4, "slow": 8}  # the two slow rounds do not count
     assert {tuple(order[k : k + 2]) for k in range(2, 20, 2)} == {("plain", "slow"), ("slow", "plain")}
 
 
 def test_every_form_of_bench_returns_the_same_logits(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)  # compiling takes a minute
-    monkeypatch.setattr(bench, "compare_cases", lambda cases, rounds: {})
+    monkeypatch.setattr(bench, "compare", lambda title, forms, rounds: dict.fromkeys(forms, 3 if "kept" in title else 6))
+    monkeypatch.setattr(bench, "keep_memory", lambda: None)  # for good
     bench.compare_inference(1)
-    found = re.findall(r"differ by at most (\S+); (\d+) pixels", capsys.readouterr().out)
+    text = capsys.readouterr().out
+    found = re.findall(r"differ by at most (\S+); (\d+) pixels", text)
     assert found and all(float(off) < 3e-4 and pixels == "0" for off, pixels in found)
+    assert text.count("predict.py is 2.00 times faster than plain") == 2
 
 
 def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
@@ -95,20 +99,26 @@ def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
     assert run("experiments.bench", "--gpu", tmp_path).returncode == run("experiments.bench", "--gpu-train", tmp_path).returncode == 1
 
 
-def test_bench_counts_what_the_fused_kernels_save(monkeypatch):
-    """A pass saves 2 transfers of every ReLU, 11 and 2 of the gates, and what else a norm reads and writes."""
-    monkeypatch.setattr(gates_triton, "_runs_triton", lambda x: False)  # the inside of a fused call does not count
-    net, nbytes = RecurrentUNet(passes=1), {}
+@pytest.mark.skipif(gates_triton.triton is None, reason="triton is not installed")
+def test_bench_counts_what_the_fused_kernels_save():
+    """A pass saves 2 transfers of every ReLU, 11 and 2 of the gates, and a norm's second reading where it is small."""
+    net, out = RecurrentUNet(passes=1), {}
     for module in net.modules():
-        module.register_forward_hook(lambda m, i, y: nbytes.update({m: y.nbytes}) if torch.is_tensor(y) else None)
+        module.register_forward_hook(lambda m, i, y: out.update({m: y}))
     with torch.no_grad():
-        net(torch.rand(1, 3, 37, 51))
-    norms, relus = ([m for m in nbytes if isinstance(m, kind)] for kind in (nn.GroupNorm, nn.ReLU))
-    plain, fused = (bench.count_traffic(form, 1, (37, 51)) for form in (False, True))
-    gates = 11 * nbytes[net.unit.net_z] + 2 * nbytes[net.unit.net_r]
-    small = sum(4 * 2 * (m.num_groups + m.num_channels) for m in norms)  # mean and deviation, weight and bias
-    assert plain.bytes - fused.bytes == 3 * (2 * sum(map(nbytes.get, relus)) + gates + small)
-    assert plain.launches - fused.launches == 3 * (len(norms) + len(relus) + 5 + 1)
+        net(torch.rand(1, 3, 70, 90))
+    norms, relus = ([m for m in out if isinstance(m, kind)] for kind in (nn.GroupNorm, nn.ReLU))
+    nbytes = 2 * sum(out[m].nbytes for m in relus) + 11 * out[net.unit.net_z].nbytes + 2 * out[net.unit.net_r].nbytes
+    launches, small = len(relus) + 5 + 1, []
+    for norm in norms:
+        (_, channels, height, width), n = out[norm].shape, norm.num_groups
+        small.append(2 ** (channels // n - 1).bit_length() * 2 ** (height * width - 1).bit_length() <= 16384)
+        parts = -(-height * width // 4096)  # a large norm writes and reads two numbers for each
+        nbytes += 4 * 2 * n + (out[norm].nbytes if small[-1] else -4 * 2 * 2 * channels * parts)
+        launches += 2 if small[-1] else 1  # one or two kernels, not 3
+    plain, fused = (bench.count_traffic(form, 1, (70, 90)) for form in (False, True))
+    assert set(small) == {True, False}
+    assert plain.bytes - fused.bytes == 3 * nbytes and plain.launches - fused.launches == 3 * launches
 
 
 def test_tables_on_the_pages_are_what_results_say():
