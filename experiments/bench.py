@@ -13,13 +13,14 @@ The plain form runs twice, as "plain" and "plain, again": how far their ratio is
 """
 
 import argparse
+import multiprocessing
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -30,16 +31,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import gates_triton
-from experiments.gpu import ROOT, shuffled_rounds, spend_gpu_hour, times_faster
+from experiments.gpu import shuffled_rounds, spend_gpu_hour, times_faster, training_step
 from paper.baselines import SYSTEMS, build
-from rurnet import PlainUNet, RecurrentUNet, recurrent_loss
+from rurnet import PlainUNet, RecurrentUNet
 from support.export import to_onnx
 from support.runtime import Recomputed, for_device, keep_memory
 
 FRAME = 1, 3, 230, 306
 BATCH = 8, 3, 240, 320
-
-# ---------------------------------------------------------------- measuring
 
 
 def describe_machine():
@@ -54,7 +53,7 @@ def timed(call):
 
 
 def time_rounds(forms, rounds, warm):
-    """{form: milliseconds of every round} of forms {name: call}."""
+    """{form: milliseconds of every round}."""
     times = {name: [] for name in forms}
     for name in [*list(forms) * warm, *shuffled_rounds(list(forms), rounds)]:
         times[name].append(timed(forms[name]))
@@ -88,18 +87,15 @@ def memory_of(kind, name):
     if kind == "system":
         keep_memory()
     before = highest_memory()
-    call = system_on_frame(name)[1] if kind == "system" else training_step(name)
+    call = system_on_frame(name)[1] if kind == "system" else step_of(name)
     call(), call()
     return highest_memory() - before
 
 
-def alone(*words):
-    """`memory_of(*words)` of a new process."""
-    command = [sys.executable, "-m", "experiments.bench", "--memory", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise ValueError(f"{words}: {(done.stderr.strip().splitlines() or ['was killed; is memory short?'])[-1]}")
-    return float(done.stdout)
+def alone(kind, name):
+    """`memory_of(kind, name)` of a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(memory_of, kind, name).result()
 
 
 # ---------------------------------------------------------------- --table
@@ -160,11 +156,11 @@ def inference_forms(image):
 
 @torch.inference_mode()
 def compare_inference(rounds):
-    cases, sizes = {}, [(1, 230, 306), (1, 240, 320)]
-    for batch, *size in sizes:
+    cases = {}
+    for size in (230, 306), (240, 320):
         torch.manual_seed(0)
-        title = f"{batch} x {size[0]}x{size[1]}, three passes"
-        forms = cases[title] = inference_forms(torch.rand(batch, 3, *size))
+        title = f"1 x {size[0]}x{size[1]}, three passes"
+        forms = cases[title] = inference_forms(torch.rand(1, 3, *size))
         want = forms["plain"]()[-1]
         tie = want.topk(2, 1).values.diff(dim=1)[:, 0].abs() < 2e-4
         for name in list(forms)[2:]:
@@ -175,7 +171,7 @@ def compare_inference(rounds):
     states = ("memory as the C library handles it", lambda: None), ("memory kept, as by predict.py", keep_memory)
     medians = []
     for state, begin in states:
-        begin()  # the process cannot undo keep_memory
+        begin()  # the process cannot undo it
         medians.append({title: compare(f"{title}; {state}", forms, rounds) for title, forms in cases.items()})
     for title in cases:
         ratio = medians[0][title]["plain"] / medians[1][title]["channels last"]
@@ -193,24 +189,15 @@ TRAINING = {  # form: the network as it is trained
 }
 
 
-def training_step(form):
+def step_of(form):
     torch.manual_seed(0)
-    net, image, truth = TRAINING[form](), torch.rand(BATCH), torch.randint(2, (BATCH[0], *BATCH[2:]))
-    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3)
-
-    def step():
-        loss = recurrent_loss(net(image, 3), truth, 0.4)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
-    return step
+    return training_step(TRAINING[form](), BATCH, "cpu")
 
 
 def compare_training(rounds):
     most = {form: alone("training", form) for form in TRAINING if form != "plain, again"}
     title = f"a training step of {BATCH[0]} photos of {BATCH[2]}x{BATCH[3]}; memory as the C library handles it"
-    compare(title, {form: training_step(form) for form in TRAINING}, rounds)
+    compare(title, {form: step_of(form) for form in TRAINING}, rounds)
     for form, megabytes in most.items():
         print(f"{form}: {megabytes:.0f} MB at most, {megabytes / most['plain']:.0%} of plain")
 
@@ -262,8 +249,6 @@ def print_traffic():
             print(row + f"{c.launches:10}{c.launches / plain.launches:10.0%}")
 
 
-# ---------------------------------------------------------------- the command line
-
 JOBS = {
     "table": ("what every system costs", lambda c: print_systems(c.rounds)),
     "infer": ("ways to run DRU(4)", lambda c: compare_inference(c.rounds)),
@@ -271,24 +256,22 @@ JOBS = {
     "traffic": ("what the fused kernels save", lambda c: print_traffic()),
     "gpu": ("tests, profile and times on a GPU", lambda c: spend_gpu_hour(c.gpu)),
     "gpu_train": ("two trainings on a GPU", lambda c: spend_gpu_hour(c.gpu_train, training=True)),
-    "memory": (argparse.SUPPRESS, lambda c: print(memory_of(*c.memory))),  # `alone` passes it
 }
-OUT = {"type": Path, "metavar": "OUT"}
-TAKES = {"gpu": OUT, "gpu_train": OUT, "memory": {"nargs": "+"}}
 
 
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = cli.add_mutually_exclusive_group(required=True)
     for name, (help, _) in JOBS.items():
-        what.add_argument(f"--{name.replace('_', '-')}", help=help, **TAKES.get(name, {"action": "store_true"}))
+        how = {"type": Path, "metavar": "OUT"} if "gpu" in name else {"action": "store_true"}
+        what.add_argument(f"--{name.replace('_', '-')}", help=help, **how)
     cli.add_argument("--rounds", type=int, default=9, help="timed calls of each form, at least 2")
     c = cli.parse_args()
     if c.rounds < 2:
         cli.error(f"--rounds {c.rounds}: must be at least 2")
     try:
         next(job for name, (_, job) in JOBS.items() if getattr(c, name))(c)
-    except (ValueError, OSError) as error:  # OSError: a table that may not be written
+    except (ValueError, OSError, BrokenProcessPool) as error:  # the last: a process was killed, so memory is short
         sys.exit(f"experiments.bench: {error}")
 
 
