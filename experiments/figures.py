@@ -30,8 +30,6 @@ MIDDLE = dict(ha="center", va="center")
 plt.rcParams |= {"font.size": 9, "axes.titlesize": 9, "savefig.dpi": 110}
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
 
-# ---------------------------------------------------------------- drawings
-
 
 def draw_arrow(ax, start, end, color="black", bend=0.0, style="-", lw=1.0):
     shape = dict(connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=9, linestyle=style, linewidth=lw)
@@ -271,7 +269,6 @@ def draw_more_passes():
 DRAWINGS = {"architecture": draw_architecture, "unit": draw_unit, "unrolled": draw_unrolled,
             "evidence": draw_evidence, "looking": draw_looking}  # fmt: skip
 TRAINED = {"passes": draw_passes, "gates": draw_gates, "more_passes": draw_more_passes}
-FIGURES = DRAWINGS | TRAINED
 
 
 def keep_figure(figure, name):
@@ -281,12 +278,13 @@ def keep_figure(figure, name):
 
 
 def main():
-    wanted = sys.argv[1:] or list(FIGURES)
+    figures = DRAWINGS | TRAINED
+    wanted = sys.argv[1:] or list(figures)
     try:
-        if unknown := set(wanted) - set(FIGURES):
-            raise ValueError(f"there is no figure {min(unknown)}; there are {', '.join(FIGURES)}")
+        if unknown := set(wanted) - set(figures):
+            raise ValueError(f"there is no figure {min(unknown)}; there are {', '.join(figures)}")
         for name in wanted:
-            FIGURES[name]()
+            figures[name]()
     except ValueError as error:
         sys.exit(f"experiments.figures: {error}")
 

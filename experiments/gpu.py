@@ -226,8 +226,6 @@ def time_training():
         print_forms(f"training step, {dtype}", forms)
 
 
-# ---------------------------------------------------------------- the two programs
-
 STEPS = {  # seconds, what it does; together less than 9 minutes
     "device": (15, describe_device), "tests": (120, run_tests), "memcheck": (40, check_memory),
     "profile": (60, profile_network), "kernels": (130, time_kernels), "network": (100, time_network),

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -11,7 +12,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, SCRIPTS, count_parameters, run
+from conftest import HERE, SCRIPTS, count_parameters, process, run
 from PIL import Image
 from torch import nn
 
@@ -53,32 +54,30 @@ def test_every_form_of_bench_returns_the_same_logits(monkeypatch, capsys):
 
 def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
     """Stand-ins for the device, its clock and the processes. What is printed and in which order is real."""
-    fake, nothing = MagicMock(), lambda *_, **__: None
+    ran, fake, profile = [], MagicMock(), MagicMock()
     fake.Event.return_value.elapsed_time = lambda end: 1.0
     fake.memory_allocated.return_value = fake.max_memory_allocated.return_value = 2**20
-    monkeypatch.setattr(gpu, "cuda", fake)
-    monkeypatch.setattr(torch, "compile", lambda f, **how: f)
-    monkeypatch.setattr(torch.compiler, "reset", nothing)
-    monkeypatch.setattr(gates_triton, "_runs_triton", lambda x: False)
-    small = dict(DEVICE=torch.device("cpu"), WARM=0, ROUNDS=2, MEGABYTES=(64, 512), MEGABYTE=2**9)
-    same = dict(Replayed=lambda net: net, Graphed=lambda net: net, autocast_to=lambda dtype: contextlib.nullcontext())
-    for name, value in (small | same | dict(SIZES=((1, 3, 16, 17), (2, 3, 16, 16)))).items():
-        monkeypatch.setattr(gpu, name, value)
     kernel = SimpleNamespace(device_type=torch.autograd.DeviceType.CUDA, self_device_time_total=5, count=2, key="conv")
-    monkeypatch.setattr(gpu, "profile", MagicMock())
-    gpu.profile.return_value.__enter__.return_value.key_averages.return_value = [kernel] * 12
-    ran = []
+    profile.return_value.__enter__.return_value.key_averages.return_value = [kernel] * 12
 
     def run_here(command, stdout, timeout=None, **how):
         ran.append(command[-1])
-        if ran[-1] == "training" and timeout == 1:
+        if timeout == 1:
             raise gpu.subprocess.TimeoutExpired(command, timeout)
-        if ran[-1] in gpu.STEPS:
-            with contextlib.redirect_stdout(stdout):
-                gpu.STEPS[ran[-1]][1]()
+        with contextlib.redirect_stdout(stdout):
+            gpu.STEPS.get(ran[-1], (0, nothing))[1]()
         return SimpleNamespace(returncode=0, stdout="9 passed")
 
-    monkeypatch.setattr(gpu.subprocess, "run", run_here)
+    nothing, same = lambda *_, **__: None, lambda net, **how: net
+    for at, stand_ins in {
+        gpu: dict(cuda=fake, profile=profile, Replayed=same, Graphed=same, WARM=0, ROUNDS=2, MEGABYTES=(64, 512),
+                  DEVICE=torch.device("cpu"), MEGABYTE=2**9, SIZES=((1, 3, 16, 17), (2, 3, 16, 16)),
+                  autocast_to=lambda dtype: contextlib.nullcontext()),
+        torch: dict(compile=same), torch.compiler: dict(reset=nothing), gpu.subprocess: dict(run=run_here),
+        gates_triton: dict(_runs_triton=lambda x: False),
+    }.items():  # fmt: skip
+        for name, value in stand_ins.items():
+            monkeypatch.setattr(at, name, value)
     for sanitizer in None, "/bin/compute-sanitizer":
         monkeypatch.setattr(shutil, "which", lambda name, at=sanitizer: at)
         gpu.spend_gpu_hour(tmp_path)
@@ -96,7 +95,7 @@ def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
     gpu.spend_gpu_hour(tmp_path / "train", training=True)
     assert {path.name for path in (tmp_path / "train").iterdir()} == {"dru.txt", "unet-g.txt"}
     fake.is_available.return_value = False
-    assert run("experiments.bench", "--gpu", tmp_path).returncode == run("experiments.bench", "--gpu-train", tmp_path).returncode == 1
+    assert [run("experiments.bench", way, tmp_path).returncode for way in ("--gpu", "--gpu-train")] == [1, 1]
 
 
 @pytest.mark.skipif(gates_triton.triton is None, reason="triton is not installed")
@@ -107,10 +106,10 @@ def test_bench_counts_what_the_fused_kernels_save():
         module.register_forward_hook(lambda m, i, y: out.update({m: y}))
     with torch.no_grad():
         net(torch.rand(1, 3, 70, 90))
-    norms, relus = ([m for m in out if isinstance(m, kind)] for kind in (nn.GroupNorm, nn.ReLU))
-    nbytes = 2 * sum(out[m].nbytes for m in relus) + 11 * out[net.unit.net_z].nbytes + 2 * out[net.unit.net_r].nbytes
-    launches, small = len(relus) + 5 + 1, []
-    for norm in norms:
+    relus, small = [y.nbytes for m, y in out.items() if isinstance(m, nn.ReLU)], []
+    nbytes = 2 * sum(relus) + 11 * out[net.unit.net_z].nbytes + 2 * out[net.unit.net_r].nbytes
+    launches = len(relus) + 5 + 1
+    for norm in (m for m in out if isinstance(m, nn.GroupNorm)):
         (_, channels, height, width), n = out[norm].shape, norm.num_groups
         small.append(2 ** (channels // n - 1).bit_length() * 2 ** (height * width - 1).bit_length() <= 16384)
         parts = -(-height * width // 4096)  # a large norm writes and reads two numbers for each
@@ -218,3 +217,10 @@ def test_figures_of_a_trained_network_are_drawn(trained, tmp_path, monkeypatch):
     net, image = load(at / "run/best.pt").net, torch.randn(1, 3, 32, 48)
     seen = figures.look_inside(net, image)
     assert all(torch.equal(at["p"], s.softmax(1)[0, 1]) for at, s in zip(seen, net(image), strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not gates_triton.triton, reason="triton's compilers ship for Linux")
+@pytest.mark.parametrize("part", ["gates", "norms", "passes"])
+def test_kernels_built_for_real_gpus(part):
+    done = process("-m", "tests.build_kernels", part, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
