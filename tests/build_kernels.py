@@ -85,7 +85,7 @@ def check_gates():
 
 
 def check_norms():
-    """H200: 7.8 instructions take the time of a byte. A norm moves 4 or 8 bytes forward, 6 or 12 backward and g's sums."""
+    """H200: 7.8 instructions take the time of a byte. A norm moves 4 or 8 forward, 6 or 12 backward and g's sums."""
     for kernel in NORMS + GROUPS:
         how = dict(warps=16) if kernel in GROUPS else dict(BLOCK=gates.SPAN)  # a thread has 32 elements either way
         wide = {"LDG.E.128"} if kernel in NORMS[::2] else {"LDG.E.128", "STG.E.128"}

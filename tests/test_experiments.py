@@ -43,7 +43,7 @@ def test_bench_compares_forms_within_shuffled_rounds(capsys, monkeypatch):
 
 def test_every_form_of_bench_returns_the_same_logits(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)  # compiling takes a minute
-    monkeypatch.setattr(bench, "compare", lambda title, forms, rounds: dict.fromkeys(forms, 3 if "kept" in title else 6))
+    monkeypatch.setattr(bench, "compare", lambda title, forms, _: dict.fromkeys(forms, 3 if "kept" in title else 6))
     monkeypatch.setattr(bench, "keep_memory", lambda: None)  # for good
     bench.compare_inference(1)
     text = capsys.readouterr().out
@@ -199,22 +199,16 @@ def test_a_watched_video_is_scored_as_photos_are(trained, monkeypatch):
     assert torch.equal(video.watch(model, photos, video.WAYS[1])[0], matrices[0])
 
 
-def test_drawings_come_out_as_committed(tmp_path, monkeypatch):
+def test_figures_are_drawn_as_committed_or_of_a_trained_network(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("experiments.figures", *figures.DRAWINGS).returncode == 0
+    monkeypatch.setattr(figures, "RUN", trained[0] / "run")
+    assert run("experiments.figures", *figures.DRAWINGS, *figures.TRAINED).returncode == 0
     for name in figures.DRAWINGS:
         got, want = (np.asarray(Image.open(at / f"figures/{name}.png").convert("RGB"), int) for at in (tmp_path, HERE))
         assert got.shape == want.shape and abs(got - want).mean() < 1  # of 255: matplotlibs smooth letters differently
-
-
-def test_figures_of_a_trained_network_are_drawn(trained, tmp_path, monkeypatch):
-    at, _ = trained
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "RUN", at / "run")
-    assert run("experiments.figures", *figures.TRAINED).returncode == 0
     for name in figures.TRAINED:
         assert np.asarray(Image.open(f"figures/{name}.png").convert("L")).std() > 10
-    net, image = load(at / "run/best.pt").net, torch.randn(1, 3, 32, 48)
+    net, image = load(trained[0] / "run/best.pt").net, torch.randn(1, 3, 32, 48)
     seen = figures.look_inside(net, image)
     assert all(torch.equal(at["p"], s.softmax(1)[0, 1]) for at, s in zip(seen, net(image), strict=True))
 
