@@ -12,7 +12,6 @@ PyTorch runs h_t = z * h + (1 - z) * c as six kernels, each of which sends its r
 One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4. So 3.75 times faster is the limit.
 TRANSFERS has every such count, and `python -m experiments.bench --gpu OUT` measures on a GPU what comes of it.
 The backward kernel computes z and c again. Saving them would cost two more writes: 6 transfers in place of 4.
-
 CPU tensors and traced calls take the plain expression: torch.compile fuses it with its neighbours, and exported models
 must not need Triton. A launch from Python takes long, so support/runtime.py replays CUDA graphs.
 """
@@ -45,7 +44,6 @@ TRANSFERS = {  # (fused, eager, and eager with torch.lerp(c, h, z) for eq. (5));
     ("norm", "backward"): (5, 8, None),  # but not by _group_fwd: it takes 2, and _group_bwd 3
 }
 jit = triton.jit if triton is not None else lambda kernel: kernel
-
 
 # ---------------------------------------------------------------- what the kernels are made of
 

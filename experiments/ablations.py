@@ -71,12 +71,10 @@ def masked_state(classes):
 
 ABLATIONS = {  # name: what changes in the Config
     **{f"N = {n}": dict(passes=n) for n in (1, 2, 4, 5)},
-    "alpha = 0.7": dict(alpha=0.7),
-    "alpha = 1": dict(alpha=1.0),
+    "alpha = 0.7": dict(alpha=0.7), "alpha = 1": dict(alpha=1.0),
     **{f"l = {level}": dict(level=level) for level in (3, 2, 1)},  # 0 is DRU(0)
-    "width 16": dict(width=16),
-    "hidden 128": dict(hidden=128),
-}
+    "width 16": dict(width=16), "hidden 128": dict(hidden=128),
+}  # fmt: skip
 BUILD = {  # name: its network, which a Config cannot describe, from the number of classes
     "gates end in ReLU": relu_gates,
     "logits fed back": partial(FedBack, feed=lambda s: s),
@@ -128,11 +126,9 @@ def compare_norms(table, data, side, crop, seeds, steps=300):
 
 
 def main():
-    match sys.argv[1:]:
-        case ["norm", table, data, side, crop, *seeds] if seeds:
-            compare_norms(table, data, int(side), int(crop), map(int, seeds))
-        case _:
-            sys.exit(__doc__)
+    if len(sys.argv) < 7 or sys.argv[1] != "norm":
+        sys.exit(__doc__)
+    compare_norms(*sys.argv[2:4], *map(int, sys.argv[4:6]), map(int, sys.argv[6:]))
 
 
 if __name__ == "__main__":

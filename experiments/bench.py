@@ -13,14 +13,16 @@ The plain form runs twice, as "plain" and "plain, again": how far their ratio is
 """
 
 import argparse
+import multiprocessing
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import onnxruntime
 import torch
@@ -28,19 +30,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.gpu import shuffled_rounds, spend_gpu_hour
-from gates_triton import TRANSFERS, FusedNorm, fuse
+import gates_triton
+from experiments.gpu import shuffled_rounds, spend_gpu_hour, times_faster, training_step
 from paper.baselines import SYSTEMS, build
-from rurnet import PlainUNet, RecurrentUNet, recurrent_loss
+from rurnet import PlainUNet, RecurrentUNet
 from support.export import to_onnx
 from support.runtime import Recomputed, for_device, keep_memory
 
-ROOT = Path(__file__).parent.parent
 FRAME = 1, 3, 230, 306
 BATCH = 8, 3, 240, 320
-DEVICE = torch.device("cpu")
-
-# ---------------------------------------------------------------- measuring
 
 
 def describe_machine():
@@ -54,20 +52,26 @@ def timed(call):
     return 1000 * (time.perf_counter() - began)
 
 
-def compare(forms, rounds, warm=3):
-    """Time the forms {name: call} in shuffled rounds; print a row for each, with its ratio to the first."""
+def time_rounds(forms, rounds, warm):
+    """{form: milliseconds of every round}."""
     times = {name: [] for name in forms}
-    for call in forms.values():
-        for _ in range(warm):
-            call()
-    for name in shuffled_rounds(list(forms), rounds):
+    for name in [*list(forms) * warm, *shuffled_rounds(list(forms), rounds)]:
         times[name].append(timed(forms[name]))
-    print(f"{'':34}{'ms':>9}{'quartiles':>20}{'times faster':>14}  (median of the rounds' ratios)")
-    plain = next(iter(times.values()))
+    return {name: ms[warm:] for name, ms in times.items()}
+
+
+def quartiles(ms):
+    low, mid, high = statistics.quantiles(ms, n=4)
+    return f"{mid:9.1f}{f'{low:.1f} to {high:.1f}':>20}"
+
+
+def compare(title, forms, rounds, warm=3):
+    """Print a row for each form, with its ratio to plain, and return the medians."""
+    times = time_rounds(forms, rounds, warm)
+    print(f"{describe_machine()}; {title}\n{'':34}{'ms':>9}{'quartiles':>20}{'times faster':>14}"
+          "  (median of the rounds' ratios)")  # fmt: skip
     for name, ms in times.items():
-        low, mid, high = statistics.quantiles(ms, n=4)
-        ratio = statistics.median(a / b for a, b in zip(plain, ms))
-        print(f"{name!s:34}{mid:9.1f}{f'{low:.1f} to {high:.1f}':>20}{ratio:14.2f}")
+        print(f"{name:34}{quartiles(ms)}{times_faster(times['plain'], ms):14.2f}")
     print(f"{rounds} rounds\n")
     return {name: statistics.median(ms) for name, ms in times.items()}
 
@@ -78,23 +82,20 @@ def highest_memory():
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10 if status.exists() else float("nan")
 
 
-def memory_of(kind, *at):
+def memory_of(kind, name):
     """MB that two calls of a kind add at most, in a process of its own: its peak never falls."""
-    if kind != "training":
+    if kind == "system":
         keep_memory()
     before = highest_memory()
-    call = CALLS[kind](*at)
+    call = system_on_frame(name)[1] if kind == "system" else step_of(name)
     call(), call()
     return highest_memory() - before
 
 
-def alone(*words):
-    """`memory_of(*words)` of a new process."""
-    command = [sys.executable, "-m", "experiments.bench", "--memory", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise ValueError(f"{words}: {(done.stderr.strip().splitlines() or ['was killed; is memory short?'])[-1]}")
-    return float(done.stdout)
+def alone(kind, name):
+    """`memory_of(kind, name)` of a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(memory_of, kind, name).result()
 
 
 # ---------------------------------------------------------------- --table
@@ -105,26 +106,24 @@ ROWS = [*SYSTEMS, "sru(0)", "dru(0)"]
 def system_on_frame(name):
     """A system of paper.baselines, and a call of it on one frame."""
     options = {"level": 0} if name.endswith("(0)") else {}
-    net = for_device(build(name.removesuffix("(0)"), 2, **options).eval(), DEVICE)
-    image = torch.rand(FRAME, device=DEVICE)
+    net = for_device(build(name.removesuffix("(0)"), 2, **options).eval(), torch.device("cpu"))
+    image = torch.rand(FRAME)
     return net, torch.no_grad()(lambda: net(image))
 
 
 def print_systems(rounds):
     keep_memory()
     memory = {name: alone("system", name) for name in ROWS}
-    systems, times = {name: system_on_frame(name) for name in ROWS}, {name: [] for name in ROWS}
-    for name in shuffled_rounds(ROWS, rounds + 2):
-        times[name].append(timed(systems[name][1]))
+    systems = {name: system_on_frame(name) for name in ROWS}
+    times = time_rounds({name: call for name, (_, call) in systems.items()}, rounds, warm=2)
     print(f"{describe_machine()}; one frame of {FRAME[2]}x{FRAME[3]}, {rounds} rounds\n")
     print(f"{'system':15}{'parameters':>12}{'GFLOP':>8}{'ms':>9}{'quartiles':>20}{'frames/s':>10}{'MB':>7}")
     for name, (net, call) in systems.items():
         with FlopCounterMode(display=False) as counter:
             call()
-        low, ms, high = statistics.quantiles(times[name][2:], n=4)  # the first two warm up
-        size = sum(p.numel() for p in net.parameters())
-        row = f"{name:15}{size:12,}{counter.get_total_flops() / 1e9:8.2f}{ms:9.1f}{f'{low:.1f} to {high:.1f}':>20}"
-        print(row + f"{1000 / ms:10.1f}{memory[name]:7.0f}")
+        size, gflop = sum(p.numel() for p in net.parameters()), counter.get_total_flops() / 1e9
+        print(f"{name:15}{size:12,}{gflop:8.2f}{quartiles(times[name])}"
+              f"{1000 / statistics.median(times[name]):10.1f}{memory[name]:7.0f}")  # fmt: skip
 
 
 # ---------------------------------------------------------------- --infer
@@ -132,14 +131,14 @@ def print_systems(rounds):
 
 def plain_dru():
     torch.manual_seed(0)
-    return RecurrentUNet().to(DEVICE)
+    return RecurrentUNet()
 
 
 def inference_forms(image):
     """{name: call} of DRU(4) with the same weights."""
     plain = plain_dru().eval()
     forms = {"plain": lambda: plain(image), "plain, again": lambda: plain(image)}
-    last = for_device(plain_dru().eval(), DEVICE)
+    last = for_device(plain_dru().eval(), torch.device("cpu"))
     forms["channels last"] = lambda: last(image)
     if shutil.which("g++") or shutil.which("clang++"):
         compiled = torch.compile(plain_dru().eval(), dynamic=False)  # or the second size is compiled for any size
@@ -155,70 +154,50 @@ def inference_forms(image):
     return forms
 
 
-def compare_cases(cases, rounds, keep=True):
-    """Compare the forms of every case {title: forms}; on a CPU once more with memory as predict.py keeps it."""
-    medians, twice = {}, keep
-    for kept in (False, True) if twice else (False,):
-        if kept:
-            keep_memory()  # the process cannot undo this
-        state = "; memory kept, as by predict.py" if kept else "; memory as the C library handles it"
-        for title, forms in cases.items():
-            print(f"{describe_machine()}; {title}{state}")
-            medians[title] = *medians.get(title, ()), compare(forms, rounds)
-    for title, (found, kept) in medians.items() if twice else ():
-        ratio = found["plain"] / kept["channels last"]
-        print(f"{title}: predict.py is {ratio:.2f} times faster than plain with memory as found")
-    return medians
-
-
 @torch.inference_mode()
 def compare_inference(rounds):
-    cases, sizes = {}, [(1, 230, 306), (1, 240, 320)]
-    for batch, *size in sizes:
+    cases = {}
+    for size in (230, 306), (240, 320):
         torch.manual_seed(0)
-        image = torch.rand(batch, 3, *size, device=DEVICE)
-        title, forms = f"{batch} x {size[0]}x{size[1]}, three passes", inference_forms(image)
-        cases[title] = forms
+        title = f"1 x {size[0]}x{size[1]}, three passes"
+        forms = cases[title] = inference_forms(torch.rand(1, 3, *size))
         want = forms["plain"]()[-1]
         tie = want.topk(2, 1).values.diff(dim=1)[:, 0].abs() < 2e-4
         for name in list(forms)[2:]:
-            s = forms[name]()[-1].to(DEVICE)
+            s = forms[name]()[-1]
             off, flipped = (s - want).abs().max(), ((s.argmax(1) != want.argmax(1)) & ~tie).sum()
             print(f"{title}, {name}: logits differ by at most {off:.1e}; {flipped} pixels change class")
     print()
-    compare_cases(cases, rounds)
+    states = ("memory as the C library handles it", lambda: None), ("memory kept, as by predict.py", keep_memory)
+    medians = []
+    for state, begin in states:
+        begin()  # the process cannot undo it
+        medians.append({title: compare(f"{title}; {state}", forms, rounds) for title, forms in cases.items()})
+    for title in cases:
+        ratio = medians[0][title]["plain"] / medians[1][title]["channels last"]
+        print(f"{title}: predict.py is {ratio:.2f} times faster than plain with memory as found")
 
 
 # ---------------------------------------------------------------- --train
 
 TRAINING = {  # form: the network as it is trained
-    "plain": lambda: plain_dru(),
-    "plain, again": lambda: plain_dru(),
+    "plain": plain_dru,
+    "plain, again": plain_dru,
     "channels last": lambda: plain_dru().to(memory_format=torch.channels_last),
     "channels last, recomputed": lambda: Recomputed(plain_dru().to(memory_format=torch.channels_last)),
-    "U-Net-G, channels last": lambda: PlainUNet().to(DEVICE, memory_format=torch.channels_last),
+    "U-Net-G, channels last": lambda: PlainUNet().to(memory_format=torch.channels_last),
 }
 
 
-def training_step(form):
+def step_of(form):
     torch.manual_seed(0)
-    net, image = TRAINING[form](), torch.rand(BATCH, device=DEVICE)
-    truth = torch.randint(2, (BATCH[0], *BATCH[2:]), device=DEVICE)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3)
-
-    def step():
-        loss = recurrent_loss(net(image, 3), truth, 0.4)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
-    return step
+    return training_step(TRAINING[form](), BATCH, "cpu")
 
 
 def compare_training(rounds):
     most = {form: alone("training", form) for form in TRAINING if form != "plain, again"}
-    title = f"a training step of {BATCH[0]} photos of {BATCH[2]}x{BATCH[3]}"
-    compare_cases({title: {form: training_step(form) for form in TRAINING}}, rounds, keep=False)
+    title = f"a training step of {BATCH[0]} photos of {BATCH[2]}x{BATCH[3]}; memory as the C library handles it"
+    compare(title, {form: step_of(form) for form in TRAINING}, rounds)
     for form, megabytes in most.items():
         print(f"{form}: {megabytes:.0f} MB at most, {megabytes / most['plain']:.0%} of plain")
 
@@ -227,50 +206,37 @@ def compare_training(rounds):
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that the operators of a forward pass read and write, and the kernels that a GPU launches for them."""
+    """Bytes that a forward pass reads and writes, and the kernels that a GPU launches for it."""
 
-    def __init__(self):
-        super().__init__()
-        self.bytes = self.launches = 0
-        self.counting = True
+    bytes = launches = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if self.counting and not func.is_view:
-            self.add(sum(x.nbytes for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)), 1)
+        if not func.is_view and "empty" not in func.name():
+            self.launch(func, None, *tree_leaves((args, out)))
             if func is torch.ops.aten.native_group_norm.default:
-                self.add(args[0].nbytes, 2)  # sums, mean and deviation, result: three kernels, two of which read x
+                self.bytes += args[0].nbytes  # sums, mean and deviation, result: three kernels, two of which read x
+                self.launches += 2
         return out
 
-    def add(self, nbytes, launches):
-        self.bytes, self.launches = self.bytes + nbytes, self.launches + launches
-
-    def as_one(self, f, passes, launches):
-        """f, counted as a fused kernel that makes so many transfers over what it returns."""
-
-        def run(*args):
-            self.counting = False
-            out = f(*args)
-            self.counting = True
-            self.add(passes * out.nbytes, launches)
-            return out
-
-        return run
+    def launch(self, kernel, grid, *args, **constants):
+        """In place of gates_triton's launcher: counts what it would launch."""
+        nbytes = sum(x.nbytes for x in args if isinstance(x, torch.Tensor))
+        self.bytes += nbytes
+        self.launches += nbytes > 0
 
 
 @torch.inference_mode(False)  # inside it the norm's operator would be hidden in a larger one
 @torch.no_grad()
 def count_traffic(fused, batch, size):
-    """The traffic of DRU(4)'s three passes. A CPU counts it, where the operators are the same."""
-    net, counter = RecurrentUNet(), Traffic()
-    for module in fuse(net).modules() if fused else ():
-        if isinstance(module, FusedNorm):
-            module.forward = counter.as_one(module.forward, TRANSFERS["norm", "forward"][0], 2)
-        if hasattr(module, "update"):
-            module.update = counter.as_one(module.update, TRANSFERS["update", "forward"][0], 1)
-            module.reset = counter.as_one(module.reset, TRANSFERS["reset", "forward"][0], 1)
-    with counter:
-        net(torch.rand(batch, 3, *size))
+    """The traffic of DRU(4)'s three passes. A CPU counts it, where operators and tensors are the same."""
+    if gates_triton.triton is None:
+        raise ValueError("--traffic needs triton, by which the kernels plan their launches")
+    net, image, counter = RecurrentUNet(), torch.rand(batch, 3, *size), Traffic()
+    if fused:
+        gates_triton.fuse(net)
+    with mock.patch.multiple(gates_triton, _runs_triton=lambda x: True, _launch_grid=counter.launch), counter:
+        net(image)
     return counter
 
 
@@ -283,11 +249,6 @@ def print_traffic():
             print(row + f"{c.launches:10}{c.launches / plain.launches:10.0%}")
 
 
-CALLS = {"system": lambda name: system_on_frame(name)[1], "training": training_step}  # kind: what memory_of calls
-
-
-# ---------------------------------------------------------------- the command line
-
 JOBS = {
     "table": ("what every system costs", lambda c: print_systems(c.rounds)),
     "infer": ("ways to run DRU(4)", lambda c: compare_inference(c.rounds)),
@@ -295,24 +256,22 @@ JOBS = {
     "traffic": ("what the fused kernels save", lambda c: print_traffic()),
     "gpu": ("tests, profile and times on a GPU", lambda c: spend_gpu_hour(c.gpu)),
     "gpu_train": ("two trainings on a GPU", lambda c: spend_gpu_hour(c.gpu_train, training=True)),
-    "memory": (argparse.SUPPRESS, lambda c: print(memory_of(*c.memory))),  # `alone` passes it
 }
-OUT = {"type": Path, "metavar": "OUT"}
-TAKES = {"gpu": OUT, "gpu_train": OUT, "memory": {"nargs": "+"}}
 
 
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = cli.add_mutually_exclusive_group(required=True)
     for name, (help, _) in JOBS.items():
-        what.add_argument(f"--{name.replace('_', '-')}", help=help, **TAKES.get(name, {"action": "store_true"}))
+        how = {"type": Path, "metavar": "OUT"} if "gpu" in name else {"action": "store_true"}
+        what.add_argument(f"--{name.replace('_', '-')}", help=help, **how)
     cli.add_argument("--rounds", type=int, default=9, help="timed calls of each form, at least 2")
     c = cli.parse_args()
     if c.rounds < 2:
         cli.error(f"--rounds {c.rounds}: must be at least 2")
     try:
         next(job for name, (_, job) in JOBS.items() if getattr(c, name))(c)
-    except (ValueError, OSError) as error:  # OSError: a table that may not be written
+    except (ValueError, OSError, BrokenProcessPool) as error:  # the last: a process was killed, so memory is short
         sys.exit(f"experiments.bench: {error}")
 
 

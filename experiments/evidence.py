@@ -12,6 +12,7 @@ import csv
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,18 +32,8 @@ DATA = {  # what a step sees is the same for every system
     "roads": dict(size=200, crop=80, rotate=180.0, epochs=12),
     "camvid": dict(size=120, crop=80, epochs=7, void=11),
 }
-SYSTEMS = {  # in the order of the tables
-    "U-Net-B": dict(model="unet-b"),
-    "U-Net-G": dict(model="unet-g"),
-    "U-Net-G, 3 x steps": dict(model="unet-g"),  # about the time of DRU(4)
-    "Rec-Simple": dict(model="rec-simple"),
-    "Rec-Middle": dict(model="rec-middle"),
-    "Rec-Last": dict(model="rec-last"),
-    "SRU(4)": dict(model="sru"),
-    "DRU(4)": dict(),
-    "SRU(0)": dict(model="sru", level=0),
-    "DRU(0)": dict(level=0),
-}
+SYSTEMS = {system: dict(model=name.removesuffix("(0)"), level=0 if name.endswith("(0)") else 4)
+           for system, name in tables.BENCH.items()}  # fmt: skip
 
 
 @dataclass
@@ -95,30 +86,22 @@ def train_and_test(run, root):
     tested = [scores(matrix) for matrix in evaluate_split(model, photos)[0]]
     log, n = read_checkpoint(out / "last.pt")["log"], len(folder.pairs["train"])
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+    best = max(row[max(k for k in row if k.startswith("mIoU"))] for row in log)
     names = "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1"
-    return {
-        "data": run.data,
-        "system": run.system,
-        "seed": run.seed,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": c.epochs * (n * -(-400 // n) // c.batch),
-        "minutes": f"{sum(row['seconds'] for row in log) / 60:.1f}",
-        "val_mIoU": f"{max(row[max(k for k in row if k.startswith('mIoU'))] for row in log):.4f}",
+    return dict(
+        data=run.data, system=run.system, seed=run.seed,
+        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        parameters=sum(p.numel() for p in model.parameters()), steps=c.epochs * (n * -(-400 // n) // c.batch),
+        minutes=f"{sum(row['seconds'] for row in log) / 60:.1f}", val_mIoU=f"{best:.4f}",
         **{name: " ".join(f"{row[name]:.4f}" for row in tested if name in row) for name in names},
-    }
+    )  # fmt: skip
 
 
 def run_all(root):
     torch.set_num_threads(1)
     for run in all_runs():
         Path(run.config.out).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{run.config.out}/lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            continue  # another process trains it
-        with lock:
+        with suppress(Timeout), FileLock(f"{run.config.out}/lock", timeout=0):  # or another process trains it
             if run.key in {(row["data"], row["system"], row["seed"]) for row in tables.read_rows("evidence.csv")}:
                 continue
             began, row = time.time(), train_and_test(run, root)

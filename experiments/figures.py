@@ -9,6 +9,7 @@ need hands/ and runs/hands/, which the first command of README.md makes, and are
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -25,10 +26,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle  # noq
 
 RUN = Path("runs/hands")
 BLUE, GREEN, RED, GREY = "#3b6ea8", "#2a9d6f", "#c8553d", "#6b7280"
+MIDDLE = dict(ha="center", va="center")
 plt.rcParams |= {"font.size": 9, "axes.titlesize": 9, "savefig.dpi": 110}
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
-
-# ---------------------------------------------------------------- drawings
 
 
 def draw_arrow(ax, start, end, color="black", bend=0.0, style="-", lw=1.0):
@@ -36,13 +36,9 @@ def draw_arrow(ax, start, end, color="black", bend=0.0, style="-", lw=1.0):
     ax.add_patch(FancyArrowPatch(start, end, color=color, shrinkA=0, shrinkB=0, **shape))
 
 
-MIDDLE = dict(ha="center", va="center")
-
-
 def draw_box(ax, middle, size, text, color, fill=None):
     at = middle[0] - size[0] / 2, middle[1] - size[1] / 2
-    how = dict(boxstyle="round,pad=0.06", fc=fill or color + "22", ec=color, lw=1.3)
-    ax.add_patch(FancyBboxPatch(at, *size, **how))
+    ax.add_patch(FancyBboxPatch(at, *size, boxstyle="round,pad=0.06", fc=fill or color + "22", ec=color, lw=1.3))
     ax.text(*middle, text, **MIDDLE)
 
 
@@ -91,7 +87,9 @@ def draw_unit():
 
 def draw_unrolled():
     """Three passes over one photo, and the way back of the last loss's gradient."""
-    boxes, arrows, texts = [], [], [(5.0, 0.18, "image $x$, the same for every pass", "black")]
+    texts = [(5.0, 0.18, "image $x$, the same for every pass", "black"), (0.4, 1.0, "$p = 0$", RED),
+             (0.4, 1.9, "$h_0 = 0$", GREEN)]  # fmt: skip
+    boxes, arrows = [], [(RED, "--", [(0.62, 1.0), (0.82, 1.0)]), (GREEN, "--", [(0.7, 1.9), (0.82, 1.9)])]
     for t, x in enumerate((1.5, 5.0, 8.5), 1):
         rows = ("encoder", BLUE), ("unit", GREEN), ("decoder, head", BLUE)
         boxes += [(x, 1.0 + 0.9 * k, 1.2, text, color) for k, (text, color) in enumerate(rows)]
@@ -104,19 +102,10 @@ def draw_unrolled():
             way = [(x, 3.27), (x + 1.55, 3.27), (x + 1.55, 1.06), (x + 2.82, 1.06)]
             arrows += [(RED, "--", way), (GREEN, "--", [(x + 0.68, 1.96), (x + 2.82, 1.96)])]
             arrows.append((GREY, ":", [(x + 2.82, 1.84), (x + 0.68, 1.84)]))
-            way = [(x + 2.82, 0.94), (x + 1.67, 0.94), (x + 1.67, 3.2), (x + 0.3, 3.2), (x + 0.3, 3.07)]
-            arrows.append((GREY, ":", way))
+            corners = (x + 2.82, 0.94), (x + 1.67, 0.94), (x + 1.67, 3.2), (x + 0.3, 3.2), (x + 0.3, 3.07)
+            arrows.append((GREY, ":", corners))
             texts += [(x + 1.1, 3.42, f"$p$ = softmax$(s_{t})$", RED), (x + 2.2, 2.12, f"$h_{t}$", GREEN)]
-    texts.append((0.4, 1.0, "$p = 0$", RED)), texts.append((0.4, 1.9, "$h_0 = 0$", GREEN))
-    arrows += [(RED, "--", [(0.62, 1.0), (0.82, 1.0)]), (GREEN, "--", [(0.7, 1.9), (0.82, 1.9)])]
     draw_diagram("unrolled", (9.6, 4.05), boxes, arrows, texts)
-
-
-def draw_small_u(ax, x, y, levels, step, box):
-    """A U of boxes, encoder down and decoder up, its top left corner at x, y."""
-    for i in range(levels):
-        for left in {x + i * step[0], x + (2 * (levels - 1) - i) * step[0]}:  # one at the bottom
-            ax.add_patch(Rectangle((left, y - i * step[1] - box[1]), *box, color=BLUE, alpha=0.9, lw=0))
 
 
 def draw_architecture():
@@ -135,16 +124,17 @@ def draw_architecture():
                 draw_arrow(ax, ((i - 1) * step + 0.3, y + 1 - box[1]), (i * step + 0.2, y))
                 draw_arrow(ax, (right - i * step + 0.4, y), (right - (i - 1) * step + 0.3, y + 1 - box[1]))
         # the recurrent unit: each f inside is a small U of the widths that it replaces; h enters the update alone
-        tail = widths[level:]
-        mini, small = (0.16, 0.36), (0.2 if level < 4 else 0.34, 0.24)
-        reach = 2 * (len(tail) - 1) * mini[0] + small[0]
-        height = (len(tail) - 1) * mini[1] + small[1] + 1.25
+        bottom, mini, small = 4 - level, (0.16, 0.36), (0.2 if level < 4 else 0.34, 0.24)
+        reach, height = 2 * bottom * mini[0] + small[0], bottom * mini[1] + small[1] + 1.25
         wide = max(3 * reach + 4 * 0.3, 2.2)
         x0, y0 = 3.91 - wide / 2, -max(level, 1) + (0.9 if level == 0 else 0.15)
         draw_box(ax, (3.91, y0 - height / 2), (wide, height), "", GREEN)
         for k, name in enumerate(("$f_z$", "$f_r$", "$f_c$")):
             left = x0 + (wide - 3 * reach) / 4 * (k + 1) + k * reach
-            draw_small_u(ax, left, y0 - 0.45, len(tail), mini, small)
+            for i in range(bottom + 1):
+                for x in {left + i * mini[0], left + (2 * bottom - i) * mini[0]}:  # encoder, decoder; one at the bottom
+                    corner = x, y0 - 0.45 - i * mini[1] - small[1]
+                    ax.add_patch(Rectangle(corner, *small, color=BLUE, alpha=0.9, lw=0))
             ax.text(left + reach / 2, y0 - 0.2, name, **MIDDLE)
         low = y0 - height + 0.28
         draw_box(ax, (3.91, low), (1.5, 0.36), "update", GREEN, "white")
@@ -155,11 +145,9 @@ def draw_architecture():
             y = 1 - level - box[1]
             draw_arrow(ax, ((level - 1) * step + 0.3, y), (x0, y0 - 0.3))
             draw_arrow(ax, (x0 + wide + 0.08, y0 - 0.1), (right - (level - 1) * step + 0.3, y))
-            ends = (0.3, 0.0), (right + 0.3, 0.0)
-        else:
-            ends = (x0 + 0.4, y0 + 0.08), (x0 + wide - 0.4, y0 + 0.08)
-        draw_arrow(ax, (0.3, 0.75), ends[0])
-        draw_arrow(ax, ends[1], (right + 0.3, 0.75))
+        top = ((0.3, 0), (right + 0.3, 0)) if level else ((x0 + 0.4, y0 + 0.08), (x0 + wide - 0.4, y0 + 0.08))
+        draw_arrow(ax, (0.3, 0.75), top[0])
+        draw_arrow(ax, top[1], (right + 0.3, 0.75))
         ax.text(0.3, 1.0, "image, $p$", **MIDDLE)
         ax.text(right + 0.3, 1.0, "$s_t$", **MIDDLE)
         draw_arrow(ax, (right + 0.25, 1.25), (0.6, 1.25), RED, bend=0.12, style="--", lw=1.4)
@@ -220,18 +208,16 @@ def show_picture(ax, picture, title="", **how):
 @torch.no_grad()
 def look_inside(net, image, passes=3):
     """Every pass over one image (1, 3, H, W): the foreground's probability p, and z, c, h, each (C, h, w)."""
-    seen = []
-    hooks = [
-        net.unit.net_z.register_forward_hook(lambda m, i, a: seen[-1].update(z=a.sigmoid()[0])),
-        net.unit.net_c.register_forward_hook(lambda m, i, a: seen[-1].update(c=a.tanh()[0])),
-    ]
-    state = net.start(image)
-    for _ in range(passes):
-        seen.append({})
-        s, state = net.step(image, state)
-        seen[-1].update(p=s.softmax(1)[0, 1], h=state[1][0])
-    for hook in hooks:
-        hook.remove()
+    seen, state, update = [], net.start(image), net.unit.update
+
+    def watched_update(h, a_z, a_c):
+        seen.append(dict(z=a_z.sigmoid()[0], c=a_c.tanh()[0]))
+        return update(h, a_z, a_c)
+
+    with mock.patch.object(net.unit, "update", watched_update):
+        for _ in range(passes):
+            s, state = net.step(image, state)
+            seen[-1].update(p=s.softmax(1)[0, 1], h=state[1][0])
     return seen
 
 
@@ -283,7 +269,6 @@ def draw_more_passes():
 DRAWINGS = {"architecture": draw_architecture, "unit": draw_unit, "unrolled": draw_unrolled,
             "evidence": draw_evidence, "looking": draw_looking}  # fmt: skip
 TRAINED = {"passes": draw_passes, "gates": draw_gates, "more_passes": draw_more_passes}
-FIGURES = DRAWINGS | TRAINED
 
 
 def keep_figure(figure, name):
@@ -293,12 +278,13 @@ def keep_figure(figure, name):
 
 
 def main():
-    wanted = sys.argv[1:] or list(FIGURES)
+    figures = DRAWINGS | TRAINED
+    wanted = sys.argv[1:] or list(figures)
     try:
-        if unknown := set(wanted) - set(FIGURES):
-            raise ValueError(f"there is no figure {min(unknown)}; there are {', '.join(FIGURES)}")
+        if unknown := set(wanted) - set(figures):
+            raise ValueError(f"there is no figure {min(unknown)}; there are {', '.join(figures)}")
         for name in wanted:
-            FIGURES[name]()
+            figures[name]()
     except ValueError as error:
         sys.exit(f"experiments.figures: {error}")
 

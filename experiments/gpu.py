@@ -1,12 +1,10 @@
-"""Everything that needs a GPU, as two programs of at most 9 minutes each. Both write a file for every step into OUT.
+"""Everything that needs a GPU: `python -m experiments.bench --gpu OUT` and `--gpu-train OUT`, 9 minutes each at most.
 
-    python -m experiments.bench --gpu OUT          tests, profile, kernels, network and training step
-    python -m experiments.bench --gpu-train OUT    train DRU(4) and U-Net-G on DRIVE/ at full length, and score them
-
-Each step is a process with a time limit. Times are of CUDA events over shuffled rounds, after half a second of warm-up.
-A ratio is the median of the ratios within rounds.
+Each step is a process with a time limit, which writes a file into OUT. Times are of CUDA events over shuffled rounds,
+after half a second of warm-up. A ratio is the median of the ratios within rounds.
 """
 
+import contextlib
 import functools
 import itertools
 import random
@@ -22,8 +20,7 @@ from torch import cuda
 from torch.profiler import ProfilerActivity, profile
 
 from gates_triton import TRANSFERS, FusedNorm, fuse, fused_reset, fused_update, plain_reset, plain_update
-from paper.baselines import build
-from rurnet import recurrent_loss
+from rurnet import RecurrentUNet, recurrent_loss
 from support.runtime import Graphed, Replayed
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +35,9 @@ def shuffled_rounds(names, rounds):
         yield from random.Random(k).sample(names, len(names))
 
 
-# ---------------------------------------------------------------- measuring
+def times_faster(plain, ms):
+    """Than plain: the median of the ratios within rounds."""
+    return statistics.median(a / b for a, b in zip(plain, ms))
 
 
 def event():
@@ -74,13 +73,27 @@ def print_forms(title, forms):
         memory[name] = (cuda.max_memory_allocated() - before) / 2**20
     times = time_forms(forms)
     for name, ms in times.items():
-        ratio = statistics.median(a / b for a, b in zip(times["plain"], ms))
+        ratio = times_faster(times["plain"], ms)
         low, mid, high = statistics.quantiles(ms, n=4)
         print(f"{title:44}{name:26}{mid:9.3f} ms ({low:.3f} to {high:.3f}){ratio:8.3f}x{memory[name]:9.1f} MB")
 
 
 def autocast_to(dtype):
-    return torch.autocast("cuda", dtype, enabled=dtype != torch.float32)
+    return torch.autocast("cuda", dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def training_step(net, size, device, dtype=torch.float32):
+    image, truth = torch.rand(size, device=device), torch.randint(2, (size[0], *size[2:]), device=device)
+    optimiser = torch.optim.AdamW(net.parameters())
+
+    def step():
+        with autocast_to(dtype):
+            loss = recurrent_loss(net(image, 3), truth, 0.4)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return step
 
 
 def captured(calls):
@@ -120,7 +133,7 @@ def check_memory():
 
 def dru():
     torch.manual_seed(0)
-    return build("dru", 2).to(DEVICE)
+    return RecurrentUNet().to(DEVICE)
 
 
 def profile_network():
@@ -147,10 +160,6 @@ def profile_network():
                 print(f"    {e.count:5} {e.self_device_time_total:9.1f} us  {e.key[:80]}")
 
 
-def lerp_update(h, a_z, a_c):
-    return torch.lerp(torch.tanh(a_c), h, torch.sigmoid(a_z))  # eq. (5) in one operator: the best of eager PyTorch
-
-
 def norm_forms(groups, channels):
     module = FusedNorm(torch.nn.GroupNorm(groups, channels), relu=True)  # the calls bring weight and bias
     plain = lambda x, w, b: torch.nn.functional.group_norm(x, groups, w, b).relu_()
@@ -159,14 +168,15 @@ def norm_forms(groups, channels):
 
 def kernel_cases(n):
     """Name: forms fused, plain and of lerp where there is one; the shapes of the inputs. All have about n elements."""
-    yield "update", (fused_update, plain_update, lerp_update), [(n,)] * 3
+    lerp = lambda h, a_z, a_c: torch.lerp(torch.tanh(a_c), h, torch.sigmoid(a_z))  # the best of eager PyTorch
+    yield "update", (fused_update, plain_update, lerp), [(n,)] * 3
     yield "reset", (fused_reset, plain_reset), [(n,)] * 2
     yield "norm, 16 groups", norm_forms(2, 8), [(8, 8, n // 64), (8,), (8,)]
     yield "norm, 8 groups, odd", norm_forms(8, 64), [(1, 64, n // 64 - 1 | 1), (64,), (64,)]
 
 
 def time_kernels():
-    for (mb, dtype), way in itertools.product(itertools.product(MEGABYTES, BOTH), ("forward", "backward")):
+    for mb, dtype, way in itertools.product(MEGABYTES, BOTH, ("forward", "backward")):
         n, sets = mb * MEGABYTE // dtype.itemsize, max(2, 512 // mb)  # in turn, through more memory than a cache has
         for name, (fused, plain, *lerp), shapes in kernel_cases(n):
             forms = {"fused": fused, "eager": plain} | {"lerp": form for form in lerp}
@@ -183,8 +193,7 @@ def time_kernels():
             times = time_forms({form: captured(row) for form, row in calls.items()})
             passes = TRANSFERS[name.split(",")[0], way][0]
             for form, ms in times.items():
-                share = statistics.median(passes / 2 * a / b for a, b in zip(times["copy"], ms))
-                ratio = statistics.median(b / a for a, b in zip(times["fused"], ms))
+                share, ratio = passes / 2 * times_faster(times["copy"], ms), times_faster(ms, times["fused"])
                 print(f"{name:20} {way:9}{str(dtype)[6:]:9}{mb:4} MB  {form:36}{statistics.median(ms) / sets:9.4f} ms"
                       f"{share:9.1%} of a copy's speed{ratio:8.3f} of fused's time")  # fmt: skip
         torch.compiler.reset()
@@ -209,25 +218,13 @@ def time_network():
 
 
 def time_training():
-    def step(net, optimiser, image, truth, dtype):
-        with autocast_to(dtype):
-            loss = recurrent_loss(net(image, 3), truth, 0.4)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
-    batch, channels, *size = SIZES[-1]
-    image, truth = torch.rand(SIZES[-1], device=DEVICE), torch.randint(2, (batch, *size), device=DEVICE)
     for dtype in BOTH:
         nets = {"plain": dru(), "plain, again": dru(), "channels last": dru().to(memory_format=torch.channels_last),
                 "plain, graphs": Graphed(dru()), "fused": fuse(dru()), "fused, graphs": Graphed(fuse(dru())),
                 "compile": torch.compile(dru(), dynamic=False)}  # fmt: skip
-        optimisers = {name: torch.optim.AdamW(net.parameters()) for name, net in nets.items()}
-        forms = {k: functools.partial(step, nets[k], optimisers[k], image, truth, dtype) for k in nets}
+        forms = {name: training_step(net, SIZES[-1], DEVICE, dtype) for name, net in nets.items()}
         print_forms(f"training step, {dtype}", forms)
 
-
-# ---------------------------------------------------------------- the two programs
 
 STEPS = {  # seconds, what it does; together less than 9 minutes
     "device": (15, describe_device), "tests": (120, run_tests), "memcheck": (40, check_memory),

@@ -51,12 +51,9 @@ def prepare(name, source):
         shutil.rmtree(root, ignore_errors=True)  # half drawn
         root.mkdir(parents=True)
         if source is None:
-            draw_clips(root / "drawing")
+            draw_clips(source := root / "drawing")
         for kind in "images", "masks":
-            if source is None:
-                (root / "drawing" / kind).rename(root / kind)
-            else:
-                (root / kind).symlink_to((source / kind).resolve())
+            (root / kind).symlink_to((source / kind).resolve())
     sequences, split_lists = {}, {"train": [], "val": [], "test": []}
     for path in sorted((root / "images").iterdir()):
         sequences.setdefault(sequence_of(path.stem), []).append(path.stem)

@@ -1,12 +1,12 @@
 """Build the kernels for GPUs that this machine may lack, and check the machine code. This needs triton, no GPU.
 
-    python -m tests.build_kernels gates     spilled registers, width of loads, number of instructions, offsets
-    python -m tests.build_kernels norms     the same for the kernels of FusedNorm
+    python -m tests.build_kernels gates     or norms: spilled registers, instructions, width of loads, offsets
     python -m tests.build_kernels passes    loads and stores, against TRANSFERS
 
-test_gpu_builds.py runs all three. Triton compiles only in a process without TRITON_INTERPRET.
+test_experiments.py runs all three. Triton compiles only in a process without TRITON_INTERPRET.
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -46,42 +46,37 @@ def built_for_gpu(kernel, dtype, target, none=(), n_type="i32", n_even=True, war
 
 
 def nvidia_tool(name, option, built):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        Path(file.name).write_bytes(built.asm["cubin"])
         return subprocess.check_output([tool, option, file.name], text=True, stderr=subprocess.STDOUT)
 
 
-def instructions(built):
-    return len(re.findall(r"^ +/[*][0-9a-f]{4,5}[*]/(?! *NOP)", nvidia_tool("nvdisasm", "-c", built), re.M))
-
-
-def spilled(built):
-    """Bytes that a thread keeps in memory for want of registers. cuobjdump calls them STACK or LOCAL."""
-    stack, local = re.findall(" (?:STACK|LOCAL):([0-9]+) ", nvidia_tool("cuobjdump", "-res-usage", built))
-    return int(stack) + int(local)
+def check_code(kernel, dtype, target=SM_90, most=None, wide=None, **how):
+    """No register is spilled, an element takes at most so many instructions, and the wide loads and stores are these.
+    cuobjdump calls the bytes that a thread keeps in memory for want of registers STACK or LOCAL."""
+    built, at = built_for_gpu(kernel, dtype, target, **how), (kernel, dtype, target, how)
+    assert re.findall(" (?:STACK|LOCAL):([0-9]+) ", nvidia_tool("cuobjdump", "-res-usage", built)) == ["0", "0"], at
+    if most:
+        code = nvidia_tool("nvdisasm", "-c", built)
+        elements = 8 if kernel in GATES else 32  # of a thread
+        assert len(re.findall(r"^ +/[*][0-9a-f]{4,5}[*]/(?! *NOP)", code, re.M)) <= most * elements, at
+        every = set(re.findall("(?:LDG|STG)[.][A-Z0-9.]*", code))  # 128 bits: each moves 16 bytes
+        assert (every if kernel in GATES else every & {"LDG.E.128", "STG.E.128"}) == wide, at
 
 
 def check_amd(kernel, *wide):
     code = built_for_gpu(kernel, "fp32", GFX942).asm["amdgcn"]
-    assert all(operation in code for operation in wide), kernel
-    assert set(re.findall("_spill_count: +([0-9]+)", code)) == {"0"}, kernel
+    assert all(x in code for x in wide) and set(re.findall("_spill_count: +([0-9]+)", code)) == {"0"}, kernel
 
 
 def check_gates():
     for kernel in GATES:
-        for dtype in "fp32", "bf16":
-            built = built_for_gpu(kernel, dtype, SM_90)
-            code = nvidia_tool("nvdisasm", "-c", built)
-            assert instructions(built) / 8 < 70, (kernel, dtype)  # a thread has 8 elements; bf16 has time for 70
-            loads_and_stores = set(re.findall("(?:LDG|STG)[.][A-Z0-9.]*", code))
-            assert loads_and_stores == {"LDG.E.128", "STG.E.128"}, (kernel, dtype)  # each moves 16 bytes
-            assert not spilled(built), (kernel, dtype)
-        for dtype in "fp16", "fp64":
-            assert not spilled(built_for_gpu(kernel, dtype, SM_90)), (kernel, dtype)
-        assert not spilled(built_for_gpu(kernel, "bf16", SM_80, n_even=False)), kernel
-        assert not spilled(built_for_gpu(kernel, "fp32", SM_80, n_type="i64")), kernel  # n past 2**31
+        for dtype in "fp32", "bf16":  # bf16 has time for 70 instructions
+            check_code(kernel, dtype, most=69, wide={"LDG.E.128", "STG.E.128"})
+        check_code(kernel, "fp16"), check_code(kernel, "fp64")
+        check_code(kernel, "bf16", SM_80, n_even=False)
+        check_code(kernel, "fp32", SM_80, n_type="i64")  # n past 2**31
         check_amd(kernel, "global_load_dwordx4", "global_store_dwordx4")
         # Every address is pointer + int64, and the program's number is widened before it is multiplied.
         code = built_for_gpu(kernel, "fp32", SM_90).asm["ttir"]
@@ -90,22 +85,16 @@ def check_gates():
 
 
 def check_norms():
-    """H200: 7.8 instructions take the time of a byte. A norm moves 4 or 8 bytes forward, 6 or 12 backward and g's sums."""
+    """H200: 7.8 instructions take the time of a byte. A norm moves 4 or 8 forward, 6 or 12 backward and g's sums."""
     for kernel in NORMS + GROUPS:
-        warps = 16 if kernel in GROUPS else 4  # a thread has 32 elements either way
-        how = {} if kernel in GROUPS else dict(BLOCK=gates.SPAN)
-        for dtype in "fp32", "bf16":
-            for even in True, False:
-                built = built_for_gpu(kernel, dtype, SM_90, n_even=even, warps=warps, **how)
-                assert instructions(built) / 32 <= MOST[kernel], (kernel, dtype, even, instructions(built) / 32)
-                assert not spilled(built), (kernel, dtype, even)
-                wide = set(re.findall("(?:LDG|STG)[.]E[.]128", nvidia_tool("nvdisasm", "-c", built)))
-                want = {"LDG.E.128"} if kernel in NORMS[::2] else {"LDG.E.128", "STG.E.128"}
-                assert wide == (want if even else set()), (kernel, dtype)
-        half = dict(PIXELS=1024) if kernel in GROUPS else how  # a group of float64 is half as large
-        assert not spilled(built_for_gpu(kernel, "fp64", SM_80, n_even=False, warps=warps, **half)), kernel
-        large = how and dict(how, SPAN=64 * gates.SPAN, SPLITS=256)  # of a photo of 8 megapixels and more
-        assert not spilled(built_for_gpu(kernel, "fp32", SM_90, n_even=False, warps=warps, **large)), kernel
+        how = dict(warps=16) if kernel in GROUPS else dict(BLOCK=gates.SPAN)  # a thread has 32 elements either way
+        wide = {"LDG.E.128"} if kernel in NORMS[::2] else {"LDG.E.128", "STG.E.128"}
+        for dtype, even in itertools.product(("fp32", "bf16"), (True, False)):
+            check_code(kernel, dtype, most=MOST[kernel], wide=wide if even else set(), n_even=even, **how)
+        half = how | (dict(PIXELS=1024) if kernel in GROUPS else {})  # a group of float64 is half as large
+        check_code(kernel, "fp64", SM_80, n_even=False, **half)
+        large = how | ({} if kernel in GROUPS else dict(SPAN=64 * gates.SPAN, SPLITS=256))  # 8 megapixels and more
+        check_code(kernel, "fp32", SM_90, n_even=False, **large)
         check_amd(kernel, "global_load_dwordx4")
         # A photo's start is at pointer + int64, multiplied as int64. Within a group int32 suffices.
         code = built_for_gpu(kernel, "fp16", SM_90).asm["ttir"]
@@ -115,10 +104,7 @@ def check_norms():
 
 
 def check_passes():
-    def traffic(built):
-        loads, stores = (len(re.findall(operation, built.asm["ttir"])) for operation in ("tt.load", "tt.store"))
-        return loads, loads + stores
-
+    traffic = lambda built: (built.asm["ttir"].count("tt.load"), len(re.findall("tt.load|tt.store", built.asm["ttir"])))
     for kernel, name in zip(GATES, gates.TRANSFERS):  # in this order, before those of the norm
         assert traffic(built_for_gpu(kernel, "fp32", SM_90))[1] == gates.TRANSFERS[name][0], name
 

@@ -4,13 +4,15 @@ import ast
 import contextlib
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
+import pytest
 import torch
-from conftest import HERE, SCRIPTS, count_parameters, run
+from conftest import HERE, SCRIPTS, count_parameters, process, run
 from PIL import Image
 from torch import nn
 
@@ -35,46 +37,47 @@ def test_bench_compares_forms_within_shuffled_rounds(capsys, monkeypatch):
     order, ms = [], {"plain": iter([4.0] * 8 + [40.0] * 2), "slow": iter([8.0] * 10)}
     forms = {name: lambda name=name: order.append(name) or next(ms[name]) for name in ms}
     monkeypatch.setattr(bench, "timed", lambda call: call())
-    assert bench.compare(forms, rounds=9, warm=1) == {"plain": 4, "slow": 8}  # the two slow rounds do not count
+    assert bench.compare("", forms, rounds=9, warm=1) == {"plain": 4, "slow": 8}  # the two slow rounds do not count
     assert {tuple(order[k : k + 2]) for k in range(2, 20, 2)} == {("plain", "slow"), ("slow", "plain")}
 
 
 def test_every_form_of_bench_returns_the_same_logits(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)  # compiling takes a minute
-    monkeypatch.setattr(bench, "compare_cases", lambda cases, rounds: {})
+    monkeypatch.setattr(bench, "compare", lambda title, forms, _: dict.fromkeys(forms, 3 if "kept" in title else 6))
+    monkeypatch.setattr(bench, "keep_memory", lambda: None)  # for good
     bench.compare_inference(1)
-    found = re.findall(r"differ by at most (\S+); (\d+) pixels", capsys.readouterr().out)
+    text = capsys.readouterr().out
+    found = re.findall(r"differ by at most (\S+); (\d+) pixels", text)
     assert found and all(float(off) < 3e-4 and pixels == "0" for off, pixels in found)
+    assert text.count("predict.py is 2.00 times faster than plain") == 2
 
 
 def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
     """Stand-ins for the device, its clock and the processes. What is printed and in which order is real."""
-    fake, nothing = MagicMock(), lambda *_, **__: None
+    ran, fake, profile = [], MagicMock(), MagicMock()
     fake.Event.return_value.elapsed_time = lambda end: 1.0
     fake.memory_allocated.return_value = fake.max_memory_allocated.return_value = 2**20
-    monkeypatch.setattr(gpu, "cuda", fake)
-    monkeypatch.setattr(torch, "compile", lambda f, **how: f)
-    monkeypatch.setattr(torch.compiler, "reset", nothing)
-    monkeypatch.setattr(gates_triton, "_runs_triton", lambda x: False)
-    small = dict(DEVICE=torch.device("cpu"), WARM=0, ROUNDS=2, MEGABYTES=(64, 512), MEGABYTE=2**9)
-    same = dict(Replayed=lambda net: net, Graphed=lambda net: net, autocast_to=lambda dtype: contextlib.nullcontext())
-    for name, value in (small | same | dict(SIZES=((1, 3, 16, 17), (2, 3, 16, 16)))).items():
-        monkeypatch.setattr(gpu, name, value)
     kernel = SimpleNamespace(device_type=torch.autograd.DeviceType.CUDA, self_device_time_total=5, count=2, key="conv")
-    monkeypatch.setattr(gpu, "profile", MagicMock())
-    gpu.profile.return_value.__enter__.return_value.key_averages.return_value = [kernel] * 12
-    ran = []
+    profile.return_value.__enter__.return_value.key_averages.return_value = [kernel] * 12
 
     def run_here(command, stdout, timeout=None, **how):
         ran.append(command[-1])
-        if ran[-1] == "training" and timeout == 1:
+        if timeout == 1:
             raise gpu.subprocess.TimeoutExpired(command, timeout)
-        if ran[-1] in gpu.STEPS:
-            with contextlib.redirect_stdout(stdout):
-                gpu.STEPS[ran[-1]][1]()
+        with contextlib.redirect_stdout(stdout):
+            gpu.STEPS.get(ran[-1], (0, nothing))[1]()
         return SimpleNamespace(returncode=0, stdout="9 passed")
 
-    monkeypatch.setattr(gpu.subprocess, "run", run_here)
+    nothing, same = lambda *_, **__: None, lambda net, **how: net
+    for at, stand_ins in {
+        gpu: dict(cuda=fake, profile=profile, Replayed=same, Graphed=same, WARM=0, ROUNDS=2, MEGABYTES=(64, 512),
+                  DEVICE=torch.device("cpu"), MEGABYTE=2**9, SIZES=((1, 3, 16, 17), (2, 3, 16, 16)),
+                  autocast_to=lambda dtype: contextlib.nullcontext()),
+        torch: dict(compile=same), torch.compiler: dict(reset=nothing), gpu.subprocess: dict(run=run_here),
+        gates_triton: dict(_runs_triton=lambda x: False),
+    }.items():  # fmt: skip
+        for name, value in stand_ins.items():
+            monkeypatch.setattr(at, name, value)
     for sanitizer in None, "/bin/compute-sanitizer":
         monkeypatch.setattr(shutil, "which", lambda name, at=sanitizer: at)
         gpu.spend_gpu_hour(tmp_path)
@@ -92,23 +95,29 @@ def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
     gpu.spend_gpu_hour(tmp_path / "train", training=True)
     assert {path.name for path in (tmp_path / "train").iterdir()} == {"dru.txt", "unet-g.txt"}
     fake.is_available.return_value = False
-    assert run("experiments.bench", "--gpu", tmp_path).returncode == run("experiments.bench", "--gpu-train", tmp_path).returncode == 1
+    assert [run("experiments.bench", way, tmp_path).returncode for way in ("--gpu", "--gpu-train")] == [1, 1]
 
 
-def test_bench_counts_what_the_fused_kernels_save(monkeypatch):
-    """A pass saves 2 transfers of every ReLU, 11 and 2 of the gates, and what else a norm reads and writes."""
-    monkeypatch.setattr(gates_triton, "_runs_triton", lambda x: False)  # the inside of a fused call does not count
-    net, nbytes = RecurrentUNet(passes=1), {}
+@pytest.mark.skipif(gates_triton.triton is None, reason="triton is not installed")
+def test_bench_counts_what_the_fused_kernels_save():
+    """A pass saves 2 transfers of every ReLU, 11 and 2 of the gates, and a norm's second reading where it is small."""
+    net, out = RecurrentUNet(passes=1), {}
     for module in net.modules():
-        module.register_forward_hook(lambda m, i, y: nbytes.update({m: y.nbytes}) if torch.is_tensor(y) else None)
+        module.register_forward_hook(lambda m, i, y: out.update({m: y}))
     with torch.no_grad():
-        net(torch.rand(1, 3, 37, 51))
-    norms, relus = ([m for m in nbytes if isinstance(m, kind)] for kind in (nn.GroupNorm, nn.ReLU))
-    plain, fused = (bench.count_traffic(form, 1, (37, 51)) for form in (False, True))
-    gates = 11 * nbytes[net.unit.net_z] + 2 * nbytes[net.unit.net_r]
-    small = sum(4 * 2 * (m.num_groups + m.num_channels) for m in norms)  # mean and deviation, weight and bias
-    assert plain.bytes - fused.bytes == 3 * (2 * sum(map(nbytes.get, relus)) + gates + small)
-    assert plain.launches - fused.launches == 3 * (len(norms) + len(relus) + 5 + 1)
+        net(torch.rand(1, 3, 70, 90))
+    relus, small = [y.nbytes for m, y in out.items() if isinstance(m, nn.ReLU)], []
+    nbytes = 2 * sum(relus) + 11 * out[net.unit.net_z].nbytes + 2 * out[net.unit.net_r].nbytes
+    launches = len(relus) + 5 + 1
+    for norm in (m for m in out if isinstance(m, nn.GroupNorm)):
+        (_, channels, height, width), n = out[norm].shape, norm.num_groups
+        small.append(2 ** (channels // n - 1).bit_length() * 2 ** (height * width - 1).bit_length() <= 16384)
+        parts = -(-height * width // 4096)  # a large norm writes and reads two numbers for each
+        nbytes += 4 * 2 * n + (out[norm].nbytes if small[-1] else -4 * 2 * 2 * channels * parts)
+        launches += 2 if small[-1] else 1  # one or two kernels, not 3
+    plain, fused = (bench.count_traffic(form, 1, (70, 90)) for form in (False, True))
+    assert set(small) == {True, False}
+    assert plain.bytes - fused.bytes == 3 * nbytes and plain.launches - fused.launches == 3 * launches
 
 
 def test_tables_on_the_pages_are_what_results_say():
@@ -190,21 +199,22 @@ def test_a_watched_video_is_scored_as_photos_are(trained, monkeypatch):
     assert torch.equal(video.watch(model, photos, video.WAYS[1])[0], matrices[0])
 
 
-def test_drawings_come_out_as_committed(tmp_path, monkeypatch):
+def test_figures_are_drawn_as_committed_or_of_a_trained_network(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("experiments.figures", *figures.DRAWINGS).returncode == 0
+    monkeypatch.setattr(figures, "RUN", trained[0] / "run")
+    assert run("experiments.figures", *figures.DRAWINGS, *figures.TRAINED).returncode == 0
     for name in figures.DRAWINGS:
         got, want = (np.asarray(Image.open(at / f"figures/{name}.png").convert("RGB"), int) for at in (tmp_path, HERE))
         assert got.shape == want.shape and abs(got - want).mean() < 1  # of 255: matplotlibs smooth letters differently
-
-
-def test_figures_of_a_trained_network_are_drawn(trained, tmp_path, monkeypatch):
-    at, _ = trained
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "RUN", at / "run")
-    assert run("experiments.figures", *figures.TRAINED).returncode == 0
     for name in figures.TRAINED:
         assert np.asarray(Image.open(f"figures/{name}.png").convert("L")).std() > 10
-    net, image = load(at / "run/best.pt").net, torch.randn(1, 3, 32, 48)
+    net, image = load(trained[0] / "run/best.pt").net, torch.randn(1, 3, 32, 48)
     seen = figures.look_inside(net, image)
     assert all(torch.equal(at["p"], s.softmax(1)[0, 1]) for at, s in zip(seen, net(image), strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not gates_triton.triton, reason="triton's compilers ship for Linux")
+@pytest.mark.parametrize("part", ["gates", "norms", "passes"])
+def test_kernels_built_for_real_gpus(part):
+    done = process("-m", "tests.build_kernels", part, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
