@@ -35,13 +35,10 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 BLOCK = 1024  # elements of one program: 8 for each thread, so a thread loads 16 bytes at once
 ONCE, SPAN = 16384, 4096  # elements that a program of a norm holds: a whole group, or a block of a larger one
 
-TRANSFERS = {  # (fused, eager, and eager with torch.lerp(c, h, z) for eq. (5)); tests count them
-    ("update", "forward"): (4, 15, 8),
-    ("update", "backward"): (7, 23, 22),
-    ("reset", "forward"): (3, 5, None),
-    ("reset", "backward"): (5, 9, None),
-    ("norm", "forward"): (3, 5, None),  # group norm and ReLU; mean and variance come first, so x is read twice,
-    ("norm", "backward"): (5, 8, None),  # but not by _group_fwd: it takes 2, and _group_bwd 3
+TRANSFERS = {  # fused, eager, and eager with torch.lerp(c, h, z) for eq. (5); tests count them
+    "update": {"forward": (4, 15, 8), "backward": (7, 23, 22)},
+    "reset": {"forward": (3, 5, None), "backward": (5, 9, None)},
+    "norm": {"forward": (3, 5, None), "backward": (5, 8, None)},  # with ReLU; _group_fwd takes 2, _group_bwd 3
 }
 jit = triton.jit if triton is not None else lambda kernel: kernel
 

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 import gates_triton as gates
 
 SM_80, SM_90, GFX942 = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
-GATES = gates._update_fwd, gates._update_bwd, gates._reset_fwd, gates._reset_bwd
+GATES = [getattr(gates, f"_{gate}_{way}") for gate in gates.TRANSFERS if gate != "norm" for way in ("fwd", "bwd")]
 NORMS = gates._norm_sums, gates._norm_fwd, gates._norm_bwd_sums, gates._norm_bwd
 GROUPS = gates._group_fwd, gates._group_bwd
 LARGE = "x_ptr", "g_ptr", "out_ptr", "dx_ptr"  # as large as a photo; the other tensors of a norm are float32
@@ -82,6 +82,8 @@ def check_gates():
         code = built_for_gpu(kernel, "fp32", SM_90).asm["ttir"]
         assert len(re.findall("tt.addptr .*xi64>", code)) == len(re.findall("tt.addptr", code)) > 0, kernel
         assert re.search("arith.muli .* : i64", code) and not re.search("arith.muli .* : i32", code), kernel
+        masked = re.findall(r"tt[.](?:load %\w+|store %\w+, %\w+), %\w+ ", code)  # none reads or writes past the end
+        assert len(masked) == len(re.findall(r"tt[.](?:load|store) ", code)), kernel
 
 
 def check_norms():
@@ -105,8 +107,9 @@ def check_norms():
 
 def check_passes():
     traffic = lambda built: (built.asm["ttir"].count("tt.load"), len(re.findall("tt.load|tt.store", built.asm["ttir"])))
-    for kernel, name in zip(GATES, gates.TRANSFERS):  # in this order, before those of the norm
-        assert traffic(built_for_gpu(kernel, "fp32", SM_90))[1] == gates.TRANSFERS[name][0], name
+    counts = [fused for gate in gates.TRANSFERS.values() for fused, *_ in gate.values()]  # those of the norm come last
+    for kernel, count in zip(GATES, counts):
+        assert traffic(built_for_gpu(kernel, "fp32", SM_90))[1] == count, kernel
 
     # Photo-sized tensors of a norm: x to sum up; x and y; g and x to sum up; g, x and dx; x and y; g, x and dx.
     # The other loads and stores are weight, bias, and two or four partial sums.
@@ -116,7 +119,7 @@ def check_passes():
         built = built_for_gpu(kernel, "fp16", SM_90)
         assert traffic(built) == (loads, loads + stores), kernel
         assert len(re.findall("tt.load.*<f16>|tt.store.*<f16>", built.asm["ttir"])) == large, kernel
-    assert (1 + 2, 2 + 3) == (gates.TRANSFERS["norm", "forward"][0], gates.TRANSFERS["norm", "backward"][0])
+    assert [1 + 2, 2 + 3] == [fused for fused, *_ in gates.TRANSFERS["norm"].values()]
 
     # A gradient that nobody needs costs no store, and no load that it alone needs.
     for kernel, unneeded, loads, total in [
