@@ -1,5 +1,6 @@
 """Several processes (of torchrun) that share a batch, signals, and how a run ends. One process is rank 0 of 1."""
 
+import importlib
 import math
 import os
 import shlex
@@ -13,10 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.checkpoints import first_line, refuse_taken
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+fcntl = importlib.import_module("fcntl") if os.name == "posix" else None  # Windows has no such locks
 held = []  # the descriptor of the folder that this process holds
 
 
@@ -64,7 +62,7 @@ def share(net, batch):
     """The network for training; with several processes its `backward` averages their gradients."""
     if batch < (world := rank_and_world()[1]):
         raise ValueError(f"--batch {batch}: is shared between {world} processes; it must be at least {world}")
-    return DistributedDataParallel(net) if rank_and_world()[1] > 1 else net
+    return DistributedDataParallel(net) if world > 1 else net
 
 
 def share_of_batches(n, batch, seed, epoch, epochs, done):
@@ -115,8 +113,11 @@ def finite_sum(loss, net, masks, where):
 class Interrupts:
     """While training, Ctrl-C and `kill` wait for the end of the step."""
 
+    def __init__(self, device, data, out):
+        self.device, self.seen = device, 0
+        self.again = shlex.join(["python", "train.py", "--data", data, "--out", str(out), "--resume"])
+
     def __enter__(self):
-        self.seen = 0
         self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -129,15 +130,14 @@ class Interrupts:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def anywhere(self, device):
-        """Whether any process was told to stop, so that all stop after the same step."""
-        return sum_over_processes(torch.tensor(self.seen, device=device)).item() > 0
-
-    def leave(self, where, data, out):
+    def obey(self, where, save=None):
+        """End the run where any process was told to stop, so that all stop after the same step."""
+        if not sum_over_processes(torch.tensor(self.seen, device=self.device)).item():
+            return
+        if save:
+            save()
         gather_from_processes()  # wait until the first has saved: torchrun ends all processes when one ends
-        again = shlex.join(["python", "train.py", "--data", data, "--out", str(out), "--resume"])
-        if rank_and_world()[1] > 1:
-            again = "the same torchrun command with --resume"
+        again = self.again if rank_and_world()[1] == 1 else "the same torchrun command with --resume"
         print_once(f"stopped after {where}, all is saved; {again} goes on", file=sys.stderr)
         sys.exit(128 + (self.seen or signal.SIGTERM))
 
