@@ -35,8 +35,6 @@ from support.processes import one_ending
 from support.toy import draw_set
 
 # ---------------------------------------------------------------- 1. which photo belongs to which mask
-
-
 def pair_up(found, split, folder, names=None):
     """Match folder/images and folder/masks by name; `names` are the wanted ones, or None for all."""
     images, masks = (by_stem(folder / kind, found.problems) for kind in ("images", "masks"))
@@ -106,8 +104,6 @@ def find_pairs(root):
 
 
 # ---------------------------------------------------------------- 2. what a folder holds, and what is wrong with it
-
-
 @dataclass
 class Survey(Found):
     """A folder with every photo and mask inspected once, so that a bad file is known before training starts."""
@@ -185,7 +181,8 @@ def differences(before, now):
     """In which photos two fingerprints differ, in words."""
     kind = lambda name: "new" if name not in before else "gone" if name not in now else "changed"
     names = sorted({name for name, _ in before.items() ^ now.items()})
-    return ", ".join(f"{name} {kind(name)}" for name in names[:3]) + f", {len(names)} in all"
+    shown = ", ".join(f"{name} {kind(name)}" for name in names[:3])
+    return f"{shown}, {len(names)} in all" if names else "only their order"
 
 
 def find_classes(found, held):
@@ -207,8 +204,6 @@ def find_classes(found, held):
 
 
 # ---------------------------------------------------------------- 3. the dataset
-
-
 class Photos(torch.utils.data.Dataset):
     """Pairs of image float32 (3, H, W), normalised, and mask int64 (H, W): classes 0..K-1, 255 for void.
 
@@ -297,8 +292,6 @@ def open_dataset(root, split, size=None, augment=False, *, void=VOID, **more):
 
 
 # ---------------------------------------------------------------- the command line
-
-
 def check(root, void):
     """Print what a folder holds; return how many problems it has."""
     found = survey(root, void)

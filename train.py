@@ -33,12 +33,9 @@ from paper import baselines
 from rurnet import VOID, recurrent_loss
 from support import processes
 from support.checkpoints import PARTS, PROGRESS, one_sentence, read_checkpoint, save, write_log
-from support.processes import print_once
 from support.runtime import Graphed, Recomputed, autocast, for_device, replayed
 
 # ---------------------------------------------------------------- 1. configuration
-
-
 def knob(default, help, within=None, choices=None):
     return field(default=default, metadata={"help": help, "within": within, "choices": choices})
 
@@ -173,7 +170,7 @@ def learn(c, net, folder, device, out, rank, world):
     size, more = sum(p.numel() for p in net.parameters()), f" and {world - 1} more" * (world > 1)
     facts = f"{c.model}, {size:,} parameters, on {device}{more}; side {c.size}, crops {photos.crop}; to {out}/"
     counts = f"{len(photos.pairs)} photos to train, {len(held_out)} to validate, {folder.classes} classes"
-    print_once(*folder.notes, facts, f"{c.data} ({folder.layout}): {counts}", sep="\n")
+    processes.print_once(*folder.notes, facts, f"{c.data} ({folder.layout}): {counts}", sep="\n")
 
     # 5. the loop
     with processes.Interrupts(device, c.data, out) as interrupts:
@@ -186,7 +183,6 @@ def learn(c, net, folder, device, out, rank, world):
             for _ in tqdm(range(done, steps), f"epoch {epoch}", leave=False, disable=rank > 0 or None):
                 image, truth = (x.to(device, non_blocking=True) for x in next(loader))
                 pixels = processes.sum_over_processes((truth != VOID).sum())
-
                 with autocast(device):
                     masks = learner(image, c.passes)  # logits after each of N passes
                     loss = recurrent_loss(masks, truth, c.alpha, pixels)  # eq. (7)
@@ -196,7 +192,6 @@ def learn(c, net, folder, device, out, rank, world):
                 optimiser.step()
                 schedule.step()
                 ema.update_parameters(net)
-
                 total, done = total + loss, done + 1
                 interrupts.obey(f"epoch {epoch}, step {done}", lambda: save_as("last.pt", everything))
 
@@ -212,14 +207,13 @@ def learn(c, net, folder, device, out, rank, world):
             if rank == 0:
                 write_log(log, out)
             save_as("last.pt", everything)
-            print_once(f"epoch {epoch:3}/{c.epochs}  loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}  "
-                       f"{seconds:.1f} s, {(c.epochs - epoch) * seconds / 60:.0f} min left")  # fmt: skip
+            reached = f"loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}"
+            time_left = f"{(c.epochs - epoch) * seconds / 60:.0f} min left"
+            processes.print_once(f"epoch {epoch:3}/{c.epochs}  {reached}  {seconds:.1f} s, {time_left}")
             interrupts.obey(f"epoch {epoch}")
 
 
 # ---------------------------------------------------------------- 6. test
-
-
 def test(c, folder):
     """Print the closing table of best.pt, or of --evaluate, and draw samples.png beside it."""
     path = Path(c.evaluate or f"{c.out}/best.pt")
@@ -230,9 +224,8 @@ def test(c, folder):
     matrices, curves = evaluate_split(model, photos)
     if processes.rank_and_world()[0] == 0:
         print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {path}", folder.names)
-        samples = path.parent / "samples.png"
-        if not (c.evaluate and samples.exists()):  # there it is the run's own
-            draw_samples(model, photos, samples)
+        if not (c.evaluate and (path.parent / "samples.png").exists()):  # there it is the run's own
+            draw_samples(model, photos, path.parent / "samples.png")
 
 
 def main():

@@ -130,12 +130,11 @@ class Interrupts:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def obey(self, where, save=None):
+    def obey(self, where, save=lambda: None):
         """End the run where any process was told to stop, so that all stop after the same step."""
         if not sum_over_processes(torch.tensor(self.seen, device=self.device)).item():
             return
-        if save:
-            save()
+        save()
         gather_from_processes()  # wait until the first has saved: torchrun ends all processes when one ends
         again = self.again if rank_and_world()[1] == 1 else "the same torchrun command with --resume"
         print_once(f"stopped after {where}, all is saved; {again} goes on", file=sys.stderr)
@@ -157,18 +156,18 @@ def is_out_of_memory(error):
 
 def status_of(error, script):
     """How a script ends after an exception: a number, a sentence, or None where the traceback should be seen."""
-    text, first = str(error), first_line(error)
+    text, first = str(error), f"{script}: {first_line(error)}"
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
         return getattr(error, "code", 130)
     if isinstance(error, (ValueError, OSError)):  # OSError: a full disk, a folder that may not be read or written
         return f"{script}: " + (text.splitlines()[-1] if text.startswith("Caught") else text)  # a worker's traceback
     if is_out_of_memory(error):
         advice = "; a smaller --batch, --crop or --size takes less, and so does --recompute 1"
-        return f"{script}: {first}" + advice * (script == "train.py")
+        return first + advice * (script == "train.py")
     if text.startswith("DataLoader worker"):
-        return f"{script}: {first}; --resume goes on"
+        return f"{first}; --resume goes on"
     if rank_and_world()[1] > 1 and ("gloo" in text or isinstance(error, distributed.DistError)):
-        return f"{script}: {first}; did another process end?"
+        return f"{first}; did another process end?"
 
 
 @contextmanager
