@@ -35,12 +35,10 @@ from support.processes import one_ending
 from support.toy import draw_set
 
 # ---------------------------------------------------------------- 1. which photo belongs to which mask
-
-
 def pair_up(found, split, folder, names=None):
     """Match folder/images and folder/masks by name; `names` are the wanted ones, or None for all."""
     images, masks = (by_stem(folder / kind, found.problems) for kind in ("images", "masks"))
-    for name in sorted(images.keys() | masks.keys()) if names is None else names:
+    for name in sorted(images | masks) if names is None else names:
         files = images.get(name, folder / f"images/{name}.*"), masks.get(name, folder / f"masks/{name}.*")
         found.add(split, name, *files)
 
@@ -74,15 +72,15 @@ def folders(root):
 
 def seeded(root):
     """images/ and masks/ alone: split 70/15/15 by a fixed seed"""
-    has_lists = any([*root.glob(f"{split}.txt"), *root.glob(f"*/{split}.txt")] for split in SPLITS)
-    if not has(root, "images", "masks") or has_lists:
+    listed = any([*root.glob(f"{split}.txt"), *root.glob(f"*/{split}.txt")] for split in SPLITS)
+    if not has(root, "images", "masks") or listed:
         return None
     found = Found("seeded split 70/15/15, seed 0")
     pair_up(found, "train", root)
     pairs = found.pairs["train"]
-    order, part = np.random.default_rng(0).permutation(len(pairs)), max(1, round(0.15 * len(pairs)))
-    parts = order[2 * part :], order[:part], order[part : 2 * part]
-    found.pairs = {split: [pairs[i] for i in sorted(part)] for split, part in zip(SPLITS, parts)}
+    order, n = np.random.default_rng(0).permutation(len(pairs)), max(1, round(0.15 * len(pairs)))
+    for split, part in zip(SPLITS, (order[2 * n :], order[:n], order[n : 2 * n])):
+        found.pairs[split] = [pairs[i] for i in sorted(part)]
     return found
 
 
@@ -106,8 +104,6 @@ def find_pairs(root):
 
 
 # ---------------------------------------------------------------- 2. what a folder holds, and what is wrong with it
-
-
 @dataclass
 class Survey(Found):
     """A folder with every photo and mask inspected once, so that a bad file is known before training starts."""
@@ -135,91 +131,79 @@ class Survey(Found):
 def survey(root, void=VOID):
     """Inspect a folder. `void` is the class id that neither trains nor counts, besides 255."""
     found = Survey(**vars(find_pairs(Path(root))), root=Path(root), void=void)
-    pairs = [pair for pairs in found.pairs.values() for pair in pairs]
-    notes = Counter()
+    pairs, notes = sum(found.pairs.values(), []), Counter()
     with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
-        for (_, photo, *_), seen in zip(pairs, pool.map(inspect_pair, pairs)):
-            if isinstance(seen, ValueError):
-                found.problems.append(str(seen))
-            else:
-                found.sizes[photo], found.counts[photo], found.hashes[photo], noted = seen
+        for (_, photo, *_), seen in zip(pairs, [pool.submit(inspect_pair, *pair) for pair in pairs]):
+            try:
+                found.sizes[photo], found.counts[photo], found.hashes[photo], noted = seen.result()
                 notes.update(noted)
+            except ValueError as error:
+                found.problems.append(str(error))
     found.notes += [f"{root}: {count} photos {what}" for what, count in notes.items()]
     if found.names:
         found.classes = len(found.names)
         if void != VOID:
             found.problems.append(f"--void {void}: {found.layout} has void pixels of its own; leave --void out")
     else:
-        find_classes(found, {photo: mask for _, photo, mask, _ in pairs})
+        find_classes(found, {mask: found.values(photo) for _, photo, mask, _ in pairs if photo in found.counts})
     ignored = set() if found.white else {VOID} if found.names else {void, VOID}
     for split, pairs in found.pairs.items():
-        unread = any(photo not in found.counts for _, photo, *_ in pairs)  # each has a problem of its own
-        if pairs and not unread and all(found.values(photo) <= ignored for _, photo, *_ in pairs):
+        held = [found.values(photo) for _, photo, *_ in pairs if photo in found.counts]
+        if held and set().union(*held) <= ignored:
             found.problems.append(f"{root}: the masks of {split} hold nothing but void")
     if found.classes < 2 and not found.problems:
         found.problems.append(f"{root}: every mask holds one class alone; there is nothing to learn")
     return found
 
 
-def inspect_pair(pair):
-    """A photo's size, how often its mask holds each value, a fingerprint of both, and notes. Or what is wrong."""
-    _, photo, mask, read = pair
-    try:
-        picture, labels, notes = open_picture(photo, small=True), read() if read else read_labels(mask), []
-        (width, height), (h, w), smallest, largest = picture.whole, labels.shape, labels.min(), labels.max()
-        if (w, h) != (width, height):
-            raise ValueError(f"{mask}: is {w}x{h}, its photo is {width}x{height}; they must match pixel by pixel")
-        if min(w, h) < 16:
-            raise ValueError(f"{photo}: is {w}x{h}; it must be at least 16x16")
-        if smallest < 0 or largest > 255:
-            raise ValueError(f"{mask}: holds values from {smallest} to {largest}; they must be 0 to 255")
-        if picture.mode == "RGBA" and picture.getextrema()[3] != (255, 255):
-            notes.append("have a fourth band, which is not read")
-        if picture.turn != 1:
-            same = not read and open_picture(mask, small=True).turn == picture.turn
-            notes.append("are turned by EXIF, and so are their masks" if same else
-                         "are turned by EXIF, but their masks are not; do these fit the upright photos?")  # fmt: skip
-        labels = labels.astype(np.uint8)
-        both = hashlib.blake2b(photo.read_bytes() + labels.tobytes(), digest_size=8).hexdigest()
-        return (w, h), np.bincount(labels.ravel(), minlength=256), both, notes
-    except ValueError as error:
-        return error
+def inspect_pair(name, photo, mask, read):
+    """A photo's size, how often its mask holds each value, a fingerprint of both, and notes."""
+    picture, labels, notes = open_picture(photo, small=True), read() if read else read_labels(mask), []
+    (width, height), (h, w), smallest, largest = picture.whole, labels.shape, labels.min(), labels.max()
+    if (w, h) != (width, height):
+        raise ValueError(f"{mask}: is {w}x{h}, its photo is {width}x{height}; they must match pixel by pixel")
+    if min(w, h) < 16:
+        raise ValueError(f"{photo}: is {w}x{h}; it must be at least 16x16")
+    if smallest < 0 or largest > 255:
+        raise ValueError(f"{mask}: holds values from {smallest} to {largest}; they must be 0 to 255")
+    if picture.mode == "RGBA" and picture.getextrema()[3] != (255, 255):
+        notes.append("have a fourth band, which is not read")
+    if picture.turn != 1:
+        same = not read and open_picture(mask, small=True).turn == picture.turn
+        fit = "and so are their masks" if same else "but their masks are not; do these fit the upright photos?"
+        notes.append(f"are turned by EXIF, {fit}")
+    labels = labels.astype(np.uint8)
+    both = hashlib.blake2b(photo.read_bytes() + labels.tobytes(), digest_size=8).hexdigest()
+    return (w, h), np.bincount(labels.ravel(), minlength=256), both, notes
 
 
 def differences(before, now):
     """In which photos two fingerprints differ, in words."""
     kind = lambda name: "new" if name not in before else "gone" if name not in now else "changed"
     names = sorted({name for name, _ in before.items() ^ now.items()})
-    return ", ".join(f"{name} {kind(name)}" for name in names[:3]) + f", {len(names)} in all"
+    shown = ", ".join(f"{name} {kind(name)}" for name in names[:3])
+    return f"{shown}, {len(names)} in all" if names else "only their order"
 
 
-def find_classes(found, mask_of):
-    """From all values in all masks: which are class ids, how many classes there are, and which masks disagree."""
-    held = {mask_of[photo]: found.values(photo) for photo in found.counts}
+def find_classes(found, held):
+    """From {mask: its values}: which are class ids, how many classes there are, and which masks disagree."""
     union = set().union(*held.values())
     found.white = union == {0, 255} and found.void == VOID
     ids = {0, 1} if found.white else union - {found.void, VOID}
-    found.classes = 0
-    while found.classes in ids and found.classes < 201:  # 201 to 254 are noise around white, not class ids
-        found.classes += 1
+    found.classes = next((k for k in range(201) if k not in ids), 201)  # 201 to 254 are noise around white
     for mask, values in held.items():
         if ids & values - set(range(found.classes)):
             shown = ", ".join(map(str, sorted(values)[:5])) + ", ..." * (len(values) > 5)
-            found.problems.append(
-                f"{mask}: holds the values [{shown}]; a mask is 0 and 1, or 0 and 255, or class ids without gaps and "
-                f'{VOID} for void. JPEG adds noise: save masks as PNG. See "Your photos" in README.md'
-            )
+            found.problems.append(f"{mask}: holds the values [{shown}]; a mask is 0 and 1, or 0 and 255, or class ids "
+                                  f"without gaps and {VOID} for void. JPEG adds noise: save masks as PNG. "
+                                  'See "Your photos" in README.md')  # fmt: skip
     ones, whites = ({m for m, values in held.items() if wanted <= values} for wanted in ({1}, {0, VOID}))
     if found.classes == 2 and not found.white and ones and whites and not ones & whites:
-        found.problems.append(
-            f"{min(whites)}: is 0 and 255, {min(ones)} is 0 and 1; use one of the two in all masks. "
-            "If 255 is void, make it 2 in all masks and add --void 2"
-        )
+        found.problems.append(f"{min(whites)}: is 0 and 255, {min(ones)} is 0 and 1; use one of the two in all masks. "
+                              "If 255 is void, make it 2 in all masks and add --void 2")  # fmt: skip
 
 
 # ---------------------------------------------------------------- 3. the dataset
-
-
 class Photos(torch.utils.data.Dataset):
     """Pairs of image float32 (3, H, W), normalised, and mask int64 (H, W): classes 0..K-1, 255 for void.
 
@@ -294,10 +278,8 @@ def augment(photo, mask, crop, rotate, rng):
 
 
 def open_dataset(root, split, size=None, augment=False, *, void=VOID, **more):
-    """The photos of one split of a folder; size, augment and `more` as in Photos.
-
-    root   a folder, or what `survey` found in it. ValueError names the folder's first problem.
-    """
+    """The photos of one split of a folder, or of what `survey` found in it; size, augment and `more` as in Photos.
+    ValueError names the folder's first problem."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; the splits are {', '.join(SPLITS)}")
     if size and (not isinstance(size, int) or size < 16):
@@ -310,8 +292,6 @@ def open_dataset(root, split, size=None, augment=False, *, void=VOID, **more):
 
 
 # ---------------------------------------------------------------- the command line
-
-
 def check(root, void):
     """Print what a folder holds; return how many problems it has."""
     found = survey(root, void)

@@ -24,8 +24,6 @@ from support.processes import gather_from_processes, print_once, rank_and_world
 from support.runtime import autocast, for_device, replayed
 
 # ---------------------------------------------------------------- 1. from a checkpoint to a network
-
-
 class Segmenter(nn.Module):
     """A network and how it is shown photos: their short side in pixels, N passes, and 1 or 2 views. Two views are
     averaged, a photo and its mirror image, as in the official code."""
@@ -96,8 +94,6 @@ def start_from(net, path, network):
 
 
 # ---------------------------------------------------------------- 2. from a network to masks
-
-
 def to_photo(s, photo):
     """Logits (1, K, h, w) -> probabilities (K, H, W) at the photo's own size, on the CPU."""
     return F.interpolate(s.float(), photo.size[::-1], mode="bilinear")[0].softmax(0).cpu()
@@ -106,16 +102,15 @@ def to_photo(s, photo):
 def to_classes(s, photo, rows=256):
     """Logits (1, K, h, w) -> the likeliest class of each pixel, uint8 (H, W): `to_photo`, a strip of rows at a time.
     The probabilities of a large photo take gigabytes."""
-    (w, h), mask = photo.size, np.empty(photo.size[::-1], np.uint8)
-    s = F.interpolate(s.float(), (s.shape[2], w), mode="bilinear")[0]
+    w, h = photo.size
+    s, mask = F.interpolate(s.float(), (s.shape[2], w), mode="bilinear")[0], []
     y = ((torch.arange(h, device=s.device) + 0.5) * (s.shape[1] / h) - 0.5).clamp(min=0)
-    for strip in range(0, h, rows):
-        at = y[strip : strip + rows]
+    for at in y.split(rows):
         above = at.long()
         below, part = (above + 1).clamp(max=s.shape[1] - 1), (at - above)[:, None]
         probabilities = (s[:, above] * (1 - part) + s[:, below] * part).softmax(0)
-        mask[strip : strip + rows] = probabilities.max(0).indices.cpu()  # several times as fast as argmax
-    return mask
+        mask.append(probabilities.max(0).indices.byte().cpu())  # several times as fast as argmax
+    return torch.cat(mask).numpy()
 
 
 @torch.no_grad()
@@ -145,8 +140,6 @@ def finite(s):
 
 
 # ---------------------------------------------------------------- 3. from masks to scores
-
-
 def confusion(prediction, truth, classes):
     """(K, K): how many pixels of class row were called class column. Void pixels do not count."""
     seen = truth != VOID
@@ -155,14 +148,12 @@ def confusion(prediction, truth, classes):
 
 def class_ious(matrix):
     """(K,) in float64, eq. (8); NaN for a class that neither occurs nor is called."""
-    matrix = matrix.double()
-    return matrix.diag() / (matrix.sum(0) + matrix.sum(1) - matrix.diag())
+    return matrix.diag().double() / (matrix.sum(0) + matrix.sum(1) - matrix.diag())
 
 
 def scores(matrix):
     """Means over the classes that occur or are called; of two classes also the foreground's IoU and F1. Eq. (8)."""
-    matrix = matrix.double()
-    hit, true, called = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    hit, true, called = matrix.diag().double(), matrix.sum(1), matrix.sum(0)
     iou, f1 = class_ious(matrix), 2 * hit / (true + called)
     precision, recall = hit / called.clamp(min=1), hit / true.clamp(min=1)
     table = {"mIoU": iou, "mPrec": precision, "mRec": recall, "mF1": f1}
@@ -173,7 +164,7 @@ def scores(matrix):
 def break_even(curve):
     """F1 where precision equals recall. curve (2, bins): pixels of either class by the foreground's probability."""
     hit, called = curve[1].flip(0).cumsum(0), curve.sum(0).flip(0).cumsum(0)  # at every threshold, from 1 down
-    true = curve[1].sum()
+    true = hit[-1]
     at = (called - true).abs().argmin()  # as many called as there are, so hit / called = hit / true
     return (2 * hit[at] / (called[at] + true)).item()
 
@@ -181,8 +172,7 @@ def break_even(curve):
 def evaluate_split(model, photos):
     """Over all photos, for every pass: confusion matrices (N, K, K) and, of the foreground, curves (N, 2, 1001)."""
     model.eval()
-    matrices, curves = 0, 0
-    rank, world = rank_and_world()
+    matrices, curves, (rank, world) = 0, 0, rank_and_world()
     for i in tqdm(range(rank, len(photos), world), desc="evaluate", leave=False, disable=rank > 0 or None):
         photo, mask = photos.pictures(i)
         truth = torch.from_numpy(np.array(mask, np.int64))
@@ -211,12 +201,11 @@ def draw_samples(model, photos, path, rows=4):
     pairs = [photos.pictures(i) for i in np.linspace(0, len(photos) - 1, min(rows, len(photos))).astype(int)]
     lines = [[photo, truth, *(p.argmax(0) for p in segment(model, photo))] for photo, truth in pairs]
     figure = Figure(figsize=(2.2 * len(lines[0]), 1.9 * len(lines)), layout="constrained")
-    axes = figure.subplots(len(lines), len(lines[0]), squeeze=False)
     titles = ["photo", "truth", *(f"pass {t}" for t in range(1, len(lines[0]) - 1))]
     colours = colormaps["gray"].with_extremes(over="tab:blue")
-    for axis, picture, title in zip(axes.flat, sum(lines, []), titles * len(lines)):
+    for i, (picture, title) in enumerate(zip(sum(lines, []), titles * len(lines)), 1):
+        axis = figure.add_subplot(len(lines), len(lines[0]), i, title=title)
         axis.imshow(np.asarray(picture), colours, vmin=0, vmax=photos.classes - 1)
-        axis.set_title(title)
         axis.axis("off")
     with new_file(path) as file:
         figure.savefig(file, dpi=80)

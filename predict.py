@@ -4,8 +4,8 @@
     python predict.py runs/hands/best.pt frames/ --frames --out masks/    one pass a frame; the state is carried
     python predict.py runs/hands/best.pt --export dru.onnx                the network as ONNX, for any size of photo
 
-Writes NAME.png (0 and 255, or class ids) at the photo's own size, and NAME_overlay.jpg to look at. It replaces its own
-files, never those of anybody else.
+Writes NAME.png (0 and 255, or class ids) at the photo's own size, and NAME_overlay.jpg to look at. It replaces no
+files but its own.
 """
 
 if __name__ == "__main__":
@@ -62,13 +62,11 @@ def find_inputs(paths):
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        found = [path]
-        if path.is_dir():
-            held = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
-            found = [p for p in held if p.suffix.lower() in ENDINGS]
-            if others := [p.name for p in held if p not in found]:
-                shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-                print(f"predict.py: {path}: skipped {len(others)} that are no pictures ({shown})", file=sys.stderr)
+        held = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")] if path.is_dir() else [path]
+        found = [p for p in held if p.suffix.lower() in ENDINGS or p == path]  # a file that is named is tried
+        if others := [p.name for p in held if p not in found]:
+            shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            print(f"predict.py: {path}: skipped {len(others)} that are no pictures ({shown})", file=sys.stderr)
         if not found:
             raise ValueError(f"{path}: holds no pictures ({', '.join(sorted(ENDINGS))})")
         for file in found:
@@ -83,23 +81,6 @@ def refuse_foreign(path):
     """ValueError where writing would replace a file that this script did not write."""
     if os.path.lexists(path) and not (path.is_file() and MARK.encode() in open(path, "rb").read(300)):
         raise ValueError(f"{path}: exists, and predict.py did not write it; choose another --out or --export")
-
-
-def mask_one(model, path, carried, outputs):
-    """Write the mask of a photo and its overlay. `carried` is None or, for the frames of a video, [their state]."""
-    photo = read_photo(path)
-    if min(photo.size) < 16:
-        raise ValueError(f"is {photo.width}x{photo.height}; it must be at least 16x16")
-    if carried:
-        mask, carried[0] = segment_frame(model, photo, carried[0], to_classes)
-    else:
-        (mask,) = segment(model, photo, every=False, enlarge=to_classes)
-    mark, drawn = PngInfo(), overlay(photo, mask)
-    mark.add_text("Software", MARK)
-    with new_file(outputs[0]) as file:
-        Image.fromarray(mask * np.uint8(255 if model.classes == 2 else 1)).save(file, "PNG", pnginfo=mark)
-    with new_file(outputs[1]) as file:
-        drawn.save(file, "JPEG", quality=92, comment=MARK)
 
 
 def mask_all(args):
@@ -118,10 +99,22 @@ def mask_all(args):
         refuse_foreign(path)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    carried, failed = [None] if args.frames else None, 0
-    for path, pair in zip(tqdm(inputs, disable=None), outputs):
+    mark, state, failed = PngInfo(), None, 0
+    mark.add_text("Software", MARK)
+    for path, (mask_path, overlay_path) in zip(tqdm(inputs, disable=None), outputs):
         try:
-            mask_one(model, path, carried, pair)
+            photo = read_photo(path)
+            if min(photo.size) < 16:
+                raise ValueError(f"is {photo.width}x{photo.height}; it must be at least 16x16")
+            if args.frames:
+                mask, state = segment_frame(model, photo, state, to_classes)
+            else:
+                (mask,) = segment(model, photo, every=False, enlarge=to_classes)
+            drawn = overlay(photo, mask)
+            with new_file(mask_path) as file:
+                Image.fromarray(mask * np.uint8(255 if model.classes == 2 else 1)).save(file, "PNG", pnginfo=mark)
+            with new_file(overlay_path) as file:
+                drawn.save(file, "JPEG", quality=92, comment=MARK)
         except Exception as error:
             if not isinstance(error, (ValueError, OSError)) and not is_out_of_memory(error):
                 raise

@@ -5,8 +5,8 @@
     python train.py --data hands/ --start runs/other/best.pt       begin with the weights of another run
     python train.py --data hands/ --evaluate runs/hands/best.pt    print the table alone
 
-Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png; and samples.png beside the tested
-checkpoint, where --evaluate leaves an older one alone.
+Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png and samples.png. --evaluate draws
+samples.png beside its checkpoint where there is none.
 GPUs, machines, or processes on CPUs (set OMP_NUM_THREADS) can share each batch of --batch photos:
 
     torchrun --standalone --nproc_per_node=2 train.py --data hands/
@@ -33,12 +33,9 @@ from paper import baselines
 from rurnet import VOID, recurrent_loss
 from support import processes
 from support.checkpoints import PARTS, PROGRESS, one_sentence, read_checkpoint, save, write_log
-from support.processes import print_once
 from support.runtime import Graphed, Recomputed, autocast, for_device, replayed
 
 # ---------------------------------------------------------------- 1. configuration
-
-
 def knob(default, help, within=None, choices=None):
     return field(default=default, metadata={"help": help, "within": within, "choices": choices})
 
@@ -90,37 +87,35 @@ def parse(argv=None):
         cli.add_argument("--" + f.name, default=argparse.SUPPRESS, help=help, **kind)
     typed = vars(cli.parse_args(argv))
     c = Config(**typed)
-    path = Path(c.start or c.evaluate or f"{c.out}/last.pt")
     if not (c.start or c.evaluate or c.resume):
         return c
+    path = Path(c.start or c.evaluate or f"{c.out}/last.pt")
     content = read_checkpoint(path)
     with one_sentence(path):
         saved = asdict(Config(**content.get("config", {}))) | {"start": "", "resume": False}
     fixed = saved.keys() - {"data", "out", "workers", "recompute", "start", "resume", "evaluate"}
     if c.start:
         fixed = {"model", "level", "width", "hidden"}
+        saved = {name: saved[name] for name in fixed}
     if c.evaluate:
         fixed -= {"size", "passes", "views", "void"}
     for name in sorted(fixed & typed.keys()):
         if typed[name] != saved[name]:
             raise ValueError(f"--{name} {typed[name]}: {path} has {saved[name]}; leave it out, or begin a new run")
-    inherited = {name: saved[name] for name in fixed} if c.start else saved
-    return Config(**inherited | {"out": c.out} | typed)
+    return Config(**saved | {"out": c.out} | typed)
 
 
 def train(c, net=None, folder=None):
     """Train by a Config and write best.pt and last.pt into its --out; return what `data.survey` finds in c.data, or
     `folder`. `net` is a network of your own, which `evaluate.load` then needs too."""
-    device, out = processes.join(), Path(c.out)
-    with processes.exclusive(out, c.resume):
+    device = processes.join()
+    with processes.exclusive(Path(c.out), c.resume):
         folder = folder or survey(c.data, c.void)
-        learn(c, net, folder, device)
+        learn(c, net, folder, device, Path(c.out), *processes.rank_and_world())
     return folder
 
 
-def learn(c, net, folder, device):
-    out, (rank, world) = Path(c.out), processes.rank_and_world()
-
+def learn(c, net, folder, device, out, rank, world):
     # 2. data
     held_out = open_dataset(folder, "val")
     c = replace(c, size=c.size or min(128, folder.short_side("train")))
@@ -144,16 +139,13 @@ def learn(c, net, folder, device):
     model = Segmenter(replayed(ema.module, device), c.size, c.passes, c.views)
 
     # 4. optimiser: AdamW and one cycle for every dataset
-    groups = baselines.parameter_groups(net, c.lr, bool(c.weights))
-    optimiser = torch.optim.AdamW(groups, weight_decay=1e-2)
-    steps = len(photos) // c.batch or 1
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [g["lr"] for g in groups], total_steps=c.epochs * steps)
+    optimiser = torch.optim.AdamW(baselines.parameter_groups(net, c.lr, bool(c.weights)), weight_decay=1e-2)
+    steps, peaks = len(photos) // c.batch or 1, [group["lr"] for group in optimiser.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, total_steps=c.epochs * steps)
 
     log, best, done, total = [], 0.0, 0, 0.0  # done: steps of the epoch under way; total: the sum of their losses
-    about = {
-        "network": network, "input": {"size": c.size, "passes": c.passes, "views": c.views}, "classes": folder.classes,
-        "config": asdict(c), "photos": folder.fingerprint("train", "val"),
-    }  # fmt: skip
+    about = {"network": network, "input": {name: getattr(c, name) for name in ("size", "passes", "views")}}
+    about |= {"classes": folder.classes, "config": asdict(c), "photos": folder.fingerprint("train", "val")}
     weights = {"model": net, "ema": ema.module}
     everything = weights | {"optimiser": optimiser, "schedule": schedule}
     if c.resume:
@@ -170,29 +162,27 @@ def learn(c, net, folder, device):
                 raise ValueError("log, done and schedule disagree")
 
     def save_as(name, parts):
-        progress = {"log": log, "best": best, "done": done, "total": total}
         if rank == 0:  # all processes hold the same
+            progress = {"log": log, "best": best, "done": done, "total": total}
             save(out / name, about | progress | {name: part.state_dict() for name, part in parts.items()})
 
     save_as("last.pt", everything)
     size, more = sum(p.numel() for p in net.parameters()), f" and {world - 1} more" * (world > 1)
-    print_once(*folder.notes, sep="\n", end="\n" * bool(folder.notes))
-    print_once(f"{c.model}, {size:,} parameters, on {device}{more}; side {c.size}, crops {photos.crop}; to {out}/\n"
-               f"{c.data} ({folder.layout}): {len(photos.pairs)} photos to train, {len(held_out)} to validate, "
-               f"{folder.classes} classes")  # fmt: skip
+    facts = f"{c.model}, {size:,} parameters, on {device}{more}; side {c.size}, crops {photos.crop}; to {out}/"
+    counts = f"{len(photos.pairs)} photos to train, {len(held_out)} to validate, {folder.classes} classes"
+    processes.print_once(*folder.notes, facts, f"{c.data} ({folder.layout}): {counts}", sep="\n")
 
     # 5. the loop
-    with processes.Interrupts() as interrupts:
-        gpu, ignore = device.type == "cuda", processes.begin_worker
-        how = dict(num_workers=4 * gpu if c.workers < 0 else c.workers, pin_memory=gpu, worker_init_fn=ignore)
+    with processes.Interrupts(device, c.data, out) as interrupts:
+        gpu, begin = device.type == "cuda", processes.begin_worker
+        how = dict(num_workers=4 * gpu if c.workers < 0 else c.workers, pin_memory=gpu, worker_init_fn=begin)
         shares = processes.share_of_batches(len(photos), c.batch, c.seed, len(log) + 1, c.epochs, done)
         loader = iter(torch.utils.data.DataLoader(photos, batch_sampler=shares, **how))  # one for the whole run
         for epoch in range(len(log) + 1, c.epochs + 1):
-            began, quiet = time.monotonic(), rank > 0 or None
-            for _ in tqdm(range(done, steps), f"epoch {epoch}", leave=False, disable=quiet):
+            began = time.monotonic()
+            for _ in tqdm(range(done, steps), f"epoch {epoch}", leave=False, disable=rank > 0 or None):
                 image, truth = (x.to(device, non_blocking=True) for x in next(loader))
                 pixels = processes.sum_over_processes((truth != VOID).sum())
-
                 with autocast(device):
                     masks = learner(image, c.passes)  # logits after each of N passes
                     loss = recurrent_loss(masks, truth, c.alpha, pixels)  # eq. (7)
@@ -202,11 +192,8 @@ def learn(c, net, folder, device):
                 optimiser.step()
                 schedule.step()
                 ema.update_parameters(net)
-
                 total, done = total + loss, done + 1
-                if interrupts.anywhere(device):
-                    save_as("last.pt", everything)
-                    interrupts.leave(f"epoch {epoch}, step {done}", c.data, out)
+                interrupts.obey(f"epoch {epoch}, step {done}", lambda: save_as("last.pt", everything))
 
             save_as("last.pt", everything)  # a long validation may be killed
             processes.copy_buffers_from_first(ema.module)
@@ -220,32 +207,25 @@ def learn(c, net, folder, device):
             if rank == 0:
                 write_log(log, out)
             save_as("last.pt", everything)
-            print_once(f"epoch {epoch:3}/{c.epochs}  loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}  "
-                       f"{seconds:.1f} s, {(c.epochs - epoch) * seconds / 60:.0f} min left")  # fmt: skip
-            if interrupts.anywhere(device):
-                interrupts.leave(f"epoch {epoch}", c.data, out)
+            reached = f"loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}"
+            time_left = f"{(c.epochs - epoch) * seconds / 60:.0f} min left"
+            processes.print_once(f"epoch {epoch:3}/{c.epochs}  {reached}  {seconds:.1f} s, {time_left}")
+            interrupts.obey(f"epoch {epoch}")
 
 
 # ---------------------------------------------------------------- 6. test
-
-
 def test(c, folder):
     """Print the closing table of best.pt, or of --evaluate, and draw samples.png beside it."""
     path = Path(c.evaluate or f"{c.out}/best.pt")
     model, photos = load(path, processes.join()), open_dataset(folder, "test")
     if photos.classes != model.classes:
         raise ValueError(f"{path}: has {model.classes} classes, {c.data} {photos.classes}; use data of its kind")
-    if c.evaluate:
-        model.size, model.passes, model.views = c.size or model.size, c.passes, c.views
+    model.size, model.passes, model.views = c.size or model.size, c.passes, c.views
     matrices, curves = evaluate_split(model, photos)
     if processes.rank_and_world()[0] == 0:
         print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {path}", folder.names)
-        samples = path.parent / "samples.png"
-        try:
-            if not (c.evaluate and samples.exists()):  # there it is the run's own
-                draw_samples(model, photos, samples)
-        except ValueError as error:  # a folder that may not be written
-            print_once(error)
+        if not (c.evaluate and (path.parent / "samples.png").exists()):  # there it is the run's own
+            draw_samples(model, photos, path.parent / "samples.png")
 
 
 def main():

@@ -9,8 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 PARTS = {"network": dict, "input": dict, "classes": int, "model": dict, "ema": dict}  # of every checkpoint
-PROGRESS = {"optimiser": dict, "schedule": dict, "photos": dict}  # of last.pt, besides
-PROGRESS |= {"log": list, "best": float, "done": int, "total": float}
+PROGRESS = dict(optimiser=dict, schedule=dict, photos=dict, log=list, best=float, done=int, total=float)  # of last.pt
 FILES = "best.pt", "last.pt", "log.csv", "curves.png", "samples.png"  # what a run writes
 
 
@@ -64,13 +63,12 @@ def read_tensors(path, kind):
 
 def read_checkpoint(path, parts=PARTS):
     content = read_tensors(path, "a checkpoint of train.py")
-    keys = set(content if isinstance(content, dict) else ())
+    keys = content.keys() if isinstance(content, dict) else set()
     if {"net", "config"} <= keys:
         raise ValueError(f"{path}: is a checkpoint of the first edition, which this one cannot read; train again")
     if missing := PARTS.keys() - keys:
         raise ValueError(f"{path}: is not a checkpoint of train.py; it lacks {', '.join(sorted(missing))}")
-    if missing := parts.keys() - keys:
-        lacks = ", ".join(sorted(missing))
+    if lacks := ", ".join(sorted(parts.keys() - keys)):
         raise ValueError(f"{path}: is no last.pt; it lacks {lacks}. --start {path} begins a new run")
     if wrong := [name for name, kind in parts.items() if not isinstance(content[name], kind)]:
         raise ValueError(f"{path}: is damaged; its {wrong[0]} is of the wrong type")
@@ -93,10 +91,10 @@ def refuse_taken(out, resume):
     taken = [] if resume else [name for name in FILES if os.path.lexists(out / name)]
     if taken == ["last.pt"]:
         content = read_checkpoint(out / "last.pt", PARTS | PROGRESS)
-        taken = taken if content["log"] or content["done"] else []
+        taken *= bool(content["log"] or content["done"])
     if taken:
-        about = "--resume goes on with it, another --out starts a new one"
-        raise ValueError(f"{out}: holds a run already ({taken[0]}); {about}")
+        more = "--resume goes on with it, another --out starts a new one"
+        raise ValueError(f"{out}: holds a run already ({taken[0]}); {more}")
 
 
 def write_log(log, out):

@@ -52,7 +52,7 @@ def read_photo(path):
         photo = Image.fromarray((values // 257).astype(np.uint8))
     if photo.mode == "P":
         photo = photo.convert("RGBA")
-    return photo if photo.mode == "RGB" else photo.convert("RGB")
+    return photo.convert("RGB")
 
 
 def read_labels(path):
@@ -70,10 +70,9 @@ def read_labels(path):
     bands = np.asarray(mask.convert("RGBA")).astype(np.int32)
     if (bands[..., :3] != bands[..., :1]).any() or (bands[..., 3] != bands[0, 0, 3]).any():
         colours = np.unique(bands[:: len(bands) // 64 + 1].reshape(-1, 4), axis=0)[:4, :3].tolist()
-        raise ValueError(
-            f"{path}: holds colours ({', '.join(str(tuple(c)) for c in colours)}, ...) or transparency; a mask holds "
-            'one number a pixel, saved as greyscale PNG. See "Your photos" in README.md'
-        )
+        shown = ", ".join(str(tuple(colour)) for colour in colours)
+        raise ValueError(f"{path}: holds colours ({shown}, ...) or transparency; a mask holds one number a pixel, "
+                         'saved as greyscale PNG. See "Your photos" in README.md')  # fmt: skip
     return bands[..., 0]
 
 
@@ -102,8 +101,7 @@ class Found:
     notes: list = field(default_factory=list)  # what a user should know, and what stops nothing
 
     def add(self, split, name, photo, mask, read=None):
-        missing = [f"{file}" for file in (photo, mask) if not file.exists()]
-        if missing:
+        if missing := [f"{file}" for file in (photo, mask) if not file.exists()]:
             self.problems.append(f"{' and '.join(missing)}: missing; a photo and its mask come together")
         else:
             self.pairs[split].append((name, photo, mask, read))
@@ -124,8 +122,7 @@ def by_stem(folder, problems):
     found = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
-            other = found.setdefault(stem_of(path), path)
-            if other != path:
+            if (other := found.setdefault(stem_of(path), path)) != path:
                 problems.append(f"{path}: has the name of {other.name}; give each picture its own name")
     return found
 

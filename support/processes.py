@@ -1,5 +1,6 @@
 """Several processes (of torchrun) that share a batch, signals, and how a run ends. One process is rank 0 of 1."""
 
+import importlib
 import math
 import os
 import shlex
@@ -13,10 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.checkpoints import first_line, refuse_taken
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+fcntl = importlib.import_module("fcntl") if os.name == "posix" else None  # Windows has no such locks
 held = []  # the descriptor of the folder that this process holds
 
 
@@ -64,7 +62,7 @@ def share(net, batch):
     """The network for training; with several processes its `backward` averages their gradients."""
     if batch < (world := rank_and_world()[1]):
         raise ValueError(f"--batch {batch}: is shared between {world} processes; it must be at least {world}")
-    return DistributedDataParallel(net) if rank_and_world()[1] > 1 else net
+    return DistributedDataParallel(net) if world > 1 else net
 
 
 def share_of_batches(n, batch, seed, epoch, epochs, done):
@@ -115,8 +113,11 @@ def finite_sum(loss, net, masks, where):
 class Interrupts:
     """While training, Ctrl-C and `kill` wait for the end of the step."""
 
+    def __init__(self, device, data, out):
+        self.device, self.seen = device, 0
+        self.again = shlex.join(["python", "train.py", "--data", data, "--out", str(out), "--resume"])
+
     def __enter__(self):
-        self.seen = 0
         self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -129,15 +130,13 @@ class Interrupts:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def anywhere(self, device):
-        """Whether any process was told to stop, so that all stop after the same step."""
-        return sum_over_processes(torch.tensor(self.seen, device=device)).item() > 0
-
-    def leave(self, where, data, out):
+    def obey(self, where, save=lambda: None):
+        """End the run where any process was told to stop, so that all stop after the same step."""
+        if not sum_over_processes(torch.tensor(self.seen, device=self.device)).item():
+            return
+        save()
         gather_from_processes()  # wait until the first has saved: torchrun ends all processes when one ends
-        again = shlex.join(["python", "train.py", "--data", data, "--out", str(out), "--resume"])
-        if rank_and_world()[1] > 1:
-            again = "the same torchrun command with --resume"
+        again = self.again if rank_and_world()[1] == 1 else "the same torchrun command with --resume"
         print_once(f"stopped after {where}, all is saved; {again} goes on", file=sys.stderr)
         sys.exit(128 + (self.seen or signal.SIGTERM))
 
@@ -157,18 +156,18 @@ def is_out_of_memory(error):
 
 def status_of(error, script):
     """How a script ends after an exception: a number, a sentence, or None where the traceback should be seen."""
-    text, first = str(error), first_line(error)
+    text, first = str(error), f"{script}: {first_line(error)}"
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
         return getattr(error, "code", 130)
     if isinstance(error, (ValueError, OSError)):  # OSError: a full disk, a folder that may not be read or written
         return f"{script}: " + (text.splitlines()[-1] if text.startswith("Caught") else text)  # a worker's traceback
     if is_out_of_memory(error):
         advice = "; a smaller --batch, --crop or --size takes less, and so does --recompute 1"
-        return f"{script}: {first}" + advice * (script == "train.py")
+        return first + advice * (script == "train.py")
     if text.startswith("DataLoader worker"):
-        return f"{script}: {first}; --resume goes on"
+        return f"{first}; --resume goes on"
     if rank_and_world()[1] > 1 and ("gloo" in text or isinstance(error, distributed.DistError)):
-        return f"{script}: {first}; did another process end?"
+        return f"{first}; did another process end?"
 
 
 @contextmanager
