@@ -26,14 +26,9 @@ pixels = lambda path: np.asarray(Image.open(path))
 
 
 def new(**parts):
-    """The checkpoint with other parts, or without one where it is None; a function gets the old part."""
-
-    def make(best, out):
-        content = torch.load(best, weights_only=True)
-        content |= {name: part(content[name]) if callable(part) else part for name, part in parts.items()}
-        torch.save({name: part for name, part in content.items() if part is not None}, out)
-
-    return make
+    """The checkpoint with other parts; a function gets the old part."""
+    fill = lambda content: {name: part(content[name]) if callable(part) else part for name, part in parts.items()}
+    return lambda best, out: torch.save((content := torch.load(best, weights_only=True)) | fill(content), out)
 
 
 def turn_a_bit(best, out):
@@ -53,7 +48,6 @@ expanded = lambda _: each(lambda x: torch.zeros(1).expand(x.shape))(build("dru",
 network = lambda name="dru", **options: {"name": name, "options": options}
 DAMAGED, WHAT = "is not a checkpoint of train.py, or is damaged", "does not hold what it describes "
 CHECKPOINTS = {  # how it is made from a good one: words of the sentence
-    "empty": (lambda best, out: out.write_bytes(b""), DAMAGED),
     "without its end": (lambda best, out: out.write_bytes(best.read_bytes()[:-100]), DAMAGED),
     "a bit turned among the weights": (turn_a_bit, DAMAGED),
     "a picture": (lambda best, out: blob()[0].save(out, "png"), DAMAGED),
@@ -61,14 +55,11 @@ CHECKPOINTS = {  # how it is made from a good one: words of the sentence
     "a bare state dict": (lambda best, out: torch.save(PlainUNet().state_dict(), out), "it lacks classes, ema"),
     "a list": (lambda best, out: torch.save([1, 2], out), "it lacks classes, ema"),
     "the first edition's": (lambda best, out: torch.save({"net": {}, "config": {}}, out), "of the first edition"),
-    "without weights": (new(ema=None), "it lacks ema"),
     "of other classes": (new(classes=5), WHAT + "(size mismatch for"),
     "of no system": (new(network=network("segnet")), WHAT + "(there is no system 'segnet'"),
-    "of no such level": (new(network=network(level=-1)), WHAT + "(level is -1"),
     "of a level in words": (new(network=network(level="4")), WHAT + "(level is '4'"),
     "seen never": (new(input={"size": 16, "passes": 0, "views": 1}), WHAT + "(size 16, passes 0"),
     "a later version's settings": (new(config={"model": "dru", "depth": 3}), WHAT),
-    "settings that no run has": (new(config={"level": -1}), WHAT),
     "settings of the wrong kind": (new(config={"level": "four"}), WHAT),
     "parts of the wrong kind": (new(classes="2"), "its classes is of the wrong type"),
     "of a network too wide": (new(network=network(width=1024)), WHAT + "(size mismatch for"),

@@ -58,9 +58,6 @@ def at_step(monkeypatch, k, change):
     monkeypatch.setattr(train, "recurrent_loss", new)
 
 
-# ---------------------------------------------------------------- a run
-
-
 def test_a_run_leaves_what_readme_promises_and_evaluate_prints_its_table_again(trained, photos, tmp_path):
     at, printed = trained
     assert {p.name for p in (at / "run").iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "samples.png"}
@@ -311,12 +308,11 @@ def test_a_folder_belongs_to_one_run(trained, photos, tmp_path):
 
 
 def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tmp_path, monkeypatch):
-    for name in "best.pt", "last.pt", "log.csv", "curves.png", "samples.png":
+    for name in "best.pt", "log.csv", "curves.png", "samples.png":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("mine")
-        if name != "last.pt":
-            done = run("train.py", "--data", photos, "--out", tmp_path / name, *TINY)
-            assert f"{name}: holds a run already ({name}); --resume" in done.stderr
+        done = run("train.py", "--data", photos, "--out", tmp_path / name, *TINY)
+        assert f"{name}: holds a run already ({name}); --resume" in done.stderr
         assert (tmp_path / name / name).read_text() == "mine"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "recurrent_loss", raising(KeyboardInterrupt()))
@@ -368,10 +364,9 @@ def test_any_name_and_any_stream_will_do(photos, tmp_path, shell):
     assert done.returncode == 0 and b"\x1b" not in done.stdout and shown in done.stdout
 
 
-# ---------------------------------------------------------------- several processes
-
-
-def test_processes_share_every_batch_and_count_every_photo_once(photos, trained, monkeypatch):
+def test_processes_share_every_batch_count_every_photo_once_and_only_the_first_writes(
+    photos, trained, short, tmp_path, monkeypatch, capsys
+):
     batches = lambda epoch=1, done=0: list(processes.share_of_batches(402, 20, 7, epoch, 2, done))
     alone, shares, parts = batches(), [], []
     assert batches(1, 3) == alone[3:] and batches(2, 5) == alone[25:]
@@ -381,8 +376,8 @@ def test_processes_share_every_batch_and_count_every_photo_once(photos, trained,
     whole = evaluate_split(model, split)
     monkeypatch.setattr("evaluate.gather_from_processes", lambda part: [part])
     for rank in range(4):
-        monkeypatch.setattr(processes, "rank_and_world", lambda rank=rank: (rank, 4))
-        monkeypatch.setattr("evaluate.rank_and_world", processes.rank_and_world)
+        for module in "support.processes", "evaluate":
+            monkeypatch.setattr(f"{module}.rank_and_world", lambda rank=rank: (rank, 4))
         shares.append(batches())
         parts.append(evaluate_split(model, split))
     for *quarters, batch in zip(*shares, alone, strict=True):
@@ -390,13 +385,9 @@ def test_processes_share_every_batch_and_count_every_photo_once(photos, trained,
     assert all(torch.equal(sum(part), want) for part, want in zip(zip(*parts), whole))
     with pytest.raises(ValueError, match="--batch 3: is shared between 4 processes"):
         processes.share(model, 3)
-
-
-def test_the_second_process_writes_nothing(photos, short, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "rank_and_world", lambda: (1, 2))
     monkeypatch.setattr(processes, "share", lambda net, batch: net)
-    train.train(tiny(photos, tmp_path, epochs=1, batch=7))
-    assert not any(tmp_path.iterdir()) and not capsys.readouterr().out
+    train.train(tiny(photos, tmp_path, epochs=1, batch=8))
+    assert not any(tmp_path.iterdir()) and not capsys.readouterr().out  # this process is the fourth
 
 
 def torchrun(*args, **environment):
