@@ -117,14 +117,13 @@ def test_photos_of_every_kind_read_alike(tmp_path):
         read_photo(tmp_path / "deep.tif")
 
 
-# ---------------------------------------------------------------- what may be wrong with a folder
-
 P1 = np.asarray(blob(x=9)[1]) // 255  # the mask of p1, the second photo of the folder to train on
 write = lambda name, content: lambda f: (f / name).write_bytes(content)
 delete = lambda name: lambda f: (f / name).unlink()
 rename = lambda old, new: lambda f: (f / old).rename(f / new)
 remask = lambda values, name="p1.png": lambda f: Image.fromarray(values).save(f / "masks" / name)
 remask_all = lambda mask_of: lambda f: [remask(mask_of(i), f"p{i}.png")(f) for i in range(6)]
+rewrite = lambda how, **options: lambda f: how(blob()[1]).save(f / "masks/p1.png", **options)
 link = lambda to: lambda f: delete("images/p1.png")(f) or (f / "images/p1.png").symlink_to(to)
 
 
@@ -146,7 +145,7 @@ def bomb(f):
     png = bytearray((f / "images/p1.png").read_bytes())
     png[16:24] = (60_000).to_bytes(4, "big") * 2
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
-    (f / "images/p1.png").write_bytes(png)
+    write("images/p1.png", png)(f)
 
 
 def renamed(photo, mask):
@@ -178,11 +177,9 @@ FOLDERS = {  # what is done to the folder: words of the error, or None where it 
     "mask: an id of 300": (remask(P1.astype(np.uint16) * 300), "p1.png: holds values from 0 to 300; they must"),
     "mask: 0 and 1 among 0 and 255": (remask(P1), "masks/p1.png is 0 and 1; use one of the two in all masks"),
     "mask: colours": (lambda f: blob()[0].save(f / "masks/p1.png"), "p1.png: holds colours ((20, 20, 20)"),
-    "mask: transparency": (lambda f: Image.merge("LA", [blob()[1]] * 2).save(f / "masks/p1.png"), "or transparency;"),
-    "mask: two pages": (
-        lambda f: blob()[1].save(f / "masks/p1.png", save_all=True, append_images=[blob(x=2)[1]]), "holds 2 pages"),
-    "mask: a palette with white first": (
-        lambda f: blob()[1].convert("RGB").quantize(2).save(f / "masks/p1.png"), "index 0, the background, is white"),
+    "mask: transparency": (rewrite(lambda m: Image.merge("LA", [m] * 2)), "or transparency;"),
+    "mask: two pages": (rewrite(lambda m: m, save_all=True, append_images=[blob(x=2)[1]]), "holds 2 pages"),
+    "mask: a palette with white first": (rewrite(lambda m: m.convert("RGB").quantize(2)), "the background, is white"),
     "masks: of one class": (remask_all(lambda i: BOX * 0), "every mask holds one class alone"),
     "masks: void in val": (remask_all(lambda i: BOX | (i == 4) * 255), "the masks of val hold nothing but void"),
     "folder: a mask is missing": (delete("masks/p1.png"), "masks/p1.*: missing; a photo and its mask come together"),
@@ -350,8 +347,6 @@ def test_the_toy_set_is_seeded_shows_skin_and_is_drawn_once(tmp_path, monkeypatc
         skin = photo[mask > 0].mean(0)
         assert 0.05 < (mask > 0).mean() < 0.45 and skin[0] > skin[2]  # under any lamp skin is redder than blue
 
-
-# ---------------------------------------------------------------- random damage
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds
 @pytest.mark.parametrize("name", [*("images/p1." + e for e in ("jpg", "png", "tif", "webp", "gif", "bmp", "ppm")),

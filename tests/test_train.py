@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import data
 import train
-from evaluate import draw_samples, evaluate_split, load, scores
+from evaluate import draw_samples, evaluate_split, load
 from paper import baselines
 from rurnet import PlainUNet, RecurrentUNet
 from support import processes, runtime
@@ -168,7 +168,9 @@ def wrong(trained, tmp_path_factory):
 
 OUTSIDE = ("--level 5, --level -1, --epochs 0, --batch -1, --passes 0, --width 100000, --size 1000000, --size 8, "
            "--crop 4, --alpha 0.0, --alpha nan, --lr inf, --rotate 400.0, --void 256, --seed -5, --workers -2")
-MISTAKES = [  # what follows `train.py --data {at}/photos --out {tmp}`, and words of the sentence
+
+
+@pytest.mark.parametrize("flags, words", [  # what follows `--data {at}/photos --out {tmp}`, and words of the sentence
     ("--data {tmp}", "holds nothing; it must be one of these"),
     ("--out {at}/run/log.csv", "log.csv: is a file; it must be a folder"),
     ("--resume", "last.pt: no such file; it must be a checkpoint of train.py"),
@@ -187,19 +189,13 @@ MISTAKES = [  # what follows `train.py --data {at}/photos --out {tmp}`, and word
     ("--data {wrong}/fewer --out {at}/run --resume", "{wrong}/fewer: its photos or classes have changed since"),
     ("--out {wrong}/odd --resume", "last.pt: is no last.pt; it lacks optimiser, schedule"),
     *((flags, f"{flags}: must be from ") for flags in OUTSIDE.split(", ")),
-]
-
-
-@pytest.mark.parametrize("flags, words", MISTAKES)
+])  # fmt: skip
 def test_a_mistake_gets_one_sentence_and_changes_nothing(trained, wrong, tmp_path, flags, words):
     fill = lambda text: text.format(at=trained[0], wrong=wrong, tmp=tmp_path)
     before = [sorted(at.rglob("*")) for at in (trained[0], wrong, tmp_path)]
     done = run("train.py", *fill("--data {at}/photos --out {tmp} " + flags).split())  # a traceback would come through
     assert done.returncode == 1 and done.stderr.startswith("train.py: ") and fill(words) in done.stderr
     assert [sorted(at.rglob("*")) for at in (trained[0], wrong, tmp_path)] == before
-
-
-# ---------------------------------------------------------------- how a run ends, and goes on
 
 
 def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(photos, short, tmp_path, monkeypatch, capsys):
@@ -321,18 +317,15 @@ def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tm
     assert read_checkpoint(tmp_path / "new/last.pt")["config"]["level"] == 2
 
 
-CHANGES = {  # between stop and resume
-    "train/p0 changed, 1 in all": lambda at: (at / "images/p0.png").write_bytes((at / "images/p1.png").read_bytes()),
-    "p0 changed, train/p1 changed, ": lambda at: [ImageOps.invert(Image.open(p)).save(p) for p in at.glob("masks/*")],
-    " gone, ": lambda at: [path.unlink() for path in at.glob("*/p0.png")],
-}
-
-
-@pytest.mark.parametrize("words", CHANGES)
-def test_resuming_says_what_has_changed(trained, tmp_path, words):
+@pytest.mark.parametrize("words, change", [
+    ("train/p0 changed, 1 in all", lambda at: (at / "images/p0.png").write_bytes((at / "images/p1.png").read_bytes())),
+    ("p0 changed, train/p1 changed, ", lambda at: [ImageOps.invert(Image.open(p)).save(p) for p in at.glob("masks/*")]),
+    (" gone, ", lambda at: [path.unlink() for path in at.glob("*/p0.png")]),
+])  # fmt: skip
+def test_resuming_says_what_has_changed(trained, tmp_path, words, change):
     shutil.copytree(trained[0] / "photos", tmp_path / "photos")
     shutil.copytree(trained[0] / "run", tmp_path / "run")
-    CHANGES[words](tmp_path / "photos")
+    change(tmp_path / "photos")
     done = run("train.py", "--data", tmp_path / "photos", "--out", tmp_path / "run", "--resume")
     assert "its photos or classes have changed since" in done.stderr and words in done.stderr
     again = re.search("(--start .*)\n", done.stderr)[1].split()
@@ -364,9 +357,7 @@ def test_any_name_and_any_stream_will_do(photos, tmp_path, shell):
     assert done.returncode == 0 and b"\x1b" not in done.stdout and shown in done.stdout
 
 
-def test_processes_share_every_batch_count_every_photo_once_and_only_the_first_writes(
-    photos, trained, short, tmp_path, monkeypatch, capsys
-):
+def test_processes_share_every_batch_and_count_every_photo_once(photos, trained, monkeypatch):
     batches = lambda epoch=1, done=0: list(processes.share_of_batches(402, 20, 7, epoch, 2, done))
     alone, shares, parts = batches(), [], []
     assert batches(1, 3) == alone[3:] and batches(2, 5) == alone[25:]
@@ -385,9 +376,13 @@ def test_processes_share_every_batch_count_every_photo_once_and_only_the_first_w
     assert all(torch.equal(sum(part), want) for part, want in zip(zip(*parts), whole))
     with pytest.raises(ValueError, match="--batch 3: is shared between 4 processes"):
         processes.share(model, 3)
+
+
+def test_the_second_process_writes_nothing(photos, short, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "rank_and_world", lambda: (1, 2))
     monkeypatch.setattr(processes, "share", lambda net, batch: net)
-    train.train(tiny(photos, tmp_path, epochs=1, batch=8))
-    assert not any(tmp_path.iterdir()) and not capsys.readouterr().out  # this process is the fourth
+    train.train(tiny(photos, tmp_path, epochs=1, batch=7))
+    assert not any(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
 def torchrun(*args, **environment):
