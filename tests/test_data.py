@@ -16,16 +16,13 @@ from data import open_dataset, survey
 from evaluate import evaluate_split, load, segment
 from rurnet import RecurrentUNet
 from support.pictures import SPLITS, normalise, read_photo, resize
-from support.toy import draw_hand_photo, draw_set
+from support.toy import draw_set
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the literature gives them
 
 
 def names(root):
     return [[name for name, *_ in open_dataset(root, split).pairs] for split in SPLITS]
-
-
-# ---------------------------------------------------------------- layouts, photos and masks in every encoding
 
 
 def test_lists_split_folders_and_seeded_split(folder, tmp_path):
@@ -54,16 +51,16 @@ def test_an_item_is_a_normalised_image_and_a_mask(folder):
     assert not open_dataset(folder, "train")[1][1].any()
 
 
-def test_a_folder_of_no_layout_is_told_what_a_layout_is(folder):
-    with pytest.raises(ValueError, match="absent: is not a folder; `python data.py .*absent` would draw the toy set"):
-        open_dataset(folder / "absent", "train")
-    with pytest.raises(ValueError, match=r"(?s)holds p0.png, .*must be one of these.*lists  .*train.txt.*DRIVE"):
-        open_dataset(folder / "images", "train")
-    with pytest.raises(ValueError, match="split is 'training'; the splits are train, val, test"):
-        open_dataset(folder, "training")
-    for size in 8, 64.0:
-        with pytest.raises(ValueError, match=f"size is {size}; it must be a whole number of pixels from 16"):
-            open_dataset(folder, "train", size)
+@pytest.mark.parametrize("part, split, size, words", [
+    ("absent", "train", None, "absent: is not a folder; `python data.py .*absent` would draw the toy set"),
+    ("images", "train", None, r"(?s)holds p0.png, .*must be one of these.*lists  .*train.txt.*DRIVE"),
+    ("", "training", None, "split is 'training'; the splits are train, val, test"),
+    ("", "train", 8, "size is 8; it must be a whole number of pixels from 16"),
+    ("", "train", 64.0, "size is 64.0; it must be a whole number of pixels from 16"),
+])  # fmt: skip
+def test_a_wrong_call_is_told_what_is_right(folder, part, split, size, words):
+    with pytest.raises(ValueError, match=words):
+        open_dataset(folder / part, split, size)
 
 
 def test_masks_in_every_honest_encoding(tmp_path):
@@ -109,46 +106,34 @@ def test_photos_of_every_kind_read_alike(tmp_path):
     photo.convert("L").save(tmp_path / "grey.png")
     photo.convert("RGBA").save(tmp_path / "alpha.png")
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
-    Image.fromarray(pixels[..., 0].astype(np.int32) * 70_000).save(tmp_path / "thirty-two.tif")
-    with pytest.raises(ValueError, match="thirty-two.tif: cannot be read as a picture .more than 16 bits"):
-        read_photo(tmp_path / "thirty-two.tif")
-    (tmp_path / "thirty-two.tif").unlink()
     for orientation in STORED:
         save_turned(photo, tmp_path / f"turned{orientation}.png", orientation)
     for ending in "jpg", "tif", "webp":
         save_turned(photo, tmp_path / f"turned.{ending}", quality=100, lossless=True)
     for path in tmp_path.iterdir():
         np.testing.assert_allclose(np.asarray(read_photo(path), int), pixels, atol=1, err_msg=path.name)
+    Image.fromarray(pixels[..., 0].astype(np.int32) * 70_000).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="deep.tif: cannot be read as a picture .more than 16 bits"):
+        read_photo(tmp_path / "deep.tif")
 
-
-# ---------------------------------------------------------------- what may be wrong with a folder
 
 P1 = np.asarray(blob(x=9)[1]) // 255  # the mask of p1, the second photo of the folder to train on
+write = lambda name, content: lambda f: (f / name).write_bytes(content)
+delete = lambda name: lambda f: (f / name).unlink()
+rename = lambda old, new: lambda f: (f / old).rename(f / new)
+remask = lambda values, name="p1.png": lambda f: Image.fromarray(values).save(f / "masks" / name)
+remask_all = lambda mask_of: lambda f: [remask(mask_of(i), f"p{i}.png")(f) for i in range(6)]
+rewrite = lambda how, **options: lambda f: how(blob()[1]).save(f / "masks/p1.png", **options)
+link = lambda to: lambda f: delete("images/p1.png")(f) or (f / "images/p1.png").symlink_to(to)
 
 
-def write(name, content):
-    return lambda f: (f / name).write_bytes(content)
-
-
-def delete(name):
-    return lambda f: (f / name).unlink()
-
-
-def rename(old, new):
-    return lambda f: (f / old).rename(f / new)
-
-
-def remask(values, name="p1.png"):
-    return lambda f: Image.fromarray(values).save(f / "masks" / name)
-
-
-def retype(ending, how=None, keep=1.0, **options):
+def retype(ending, how=lambda photo: photo, keep=1.0, **options):
     """The photo p1 again in another format, changed by `how`; `keep` is a part of the file, or a number of bytes."""
 
     def apply(f):
-        path, photo = f / f"images/p1.{ending}", Image.open(f / "images/p2.png").convert("RGB")
-        (f / "images/p1.png").unlink()
-        (how(photo) if how else photo).save(path, **options)
+        path = f / f"images/p1.{ending}"
+        delete("images/p1.png")(f)
+        how(Image.open(f / "images/p2.png").convert("RGB")).save(path, **options)
         whole = path.read_bytes()
         path.write_bytes(whole[: round(keep * len(whole)) if keep > 0 else keep])
 
@@ -160,24 +145,23 @@ def bomb(f):
     png = bytearray((f / "images/p1.png").read_bytes())
     png[16:24] = (60_000).to_bytes(4, "big") * 2
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
-    (f / "images/p1.png").write_bytes(png)
+    write("images/p1.png", png)(f)
 
 
-def odd_name(f):
-    for kind in "images", "masks":
-        rename(f"{kind}/p1.png", f"{kind}/my hand.v2 손 é.png")(f)
-    (f / "train.txt").write_text("p0\nmy hand.v2 손 é\np2\np3\n", encoding="utf-8")
+def renamed(photo, mask):
+    """The photo p1 and its mask under other names."""
 
+    def apply(f):
+        (f / "images/p1.png").rename(f / f"images/{photo}.png")
+        (f / "masks/p1.png").rename(f / f"masks/{mask}.png")
+        (f / "train.txt").write_text(f"p0\n{photo}\np2\np3\n", encoding="utf-8")
 
-def accents(f):
-    rename("images/p1.png", "images/e\u0301.png")(f)
-    rename("masks/p1.png", "masks/\u00e9.png")(f)
-    (f / "train.txt").write_text("p0\ne\u0301\np2\np3\n", encoding="utf-8")
+    return apply
 
 
 FOLDERS = {  # what is done to the folder: words of the error, or None where it reads as if nothing had happened
     "photo: text": (write("images/p1.png", b"hello"), "images/p1.png: cannot be read as a picture"),
-    "photo: dead link": (lambda f: delete("images/p1.png")(f) or (f / "images/p1.png").symlink_to("p9.png"), "missing"),
+    "photo: dead link": (link("p9.png"), "missing"),
     "photo: nine tenths of a JPEG": (retype("jpg", keep=0.9), "p1.jpg: cannot be read"),
     "photo: PNG without its checksum and end": (retype("png", keep=-20), None),
     "photo: 400x15": (lambda f: write_pair(f, "p1", *reversed(blob(400, 15))), "is 400x15; it must be at least 16x16"),
@@ -193,20 +177,18 @@ FOLDERS = {  # what is done to the folder: words of the error, or None where it 
     "mask: an id of 300": (remask(P1.astype(np.uint16) * 300), "p1.png: holds values from 0 to 300; they must"),
     "mask: 0 and 1 among 0 and 255": (remask(P1), "masks/p1.png is 0 and 1; use one of the two in all masks"),
     "mask: colours": (lambda f: blob()[0].save(f / "masks/p1.png"), "p1.png: holds colours ((20, 20, 20)"),
-    "mask: transparency": (lambda f: Image.merge("LA", [blob()[1]] * 2).save(f / "masks/p1.png"), "or transparency;"),
-    "mask: two pages": (
-        lambda f: blob()[1].save(f / "masks/p1.png", save_all=True, append_images=[blob(x=2)[1]]), "holds 2 pages"),
-    "mask: a palette with white first": (
-        lambda f: blob()[1].convert("RGB").quantize(2).save(f / "masks/p1.png"), "index 0, the background, is white"),
-    "masks: of one class": (lambda f: [remask(BOX * 0, f"p{i}.png")(f) for i in range(6)], "every mask holds one"),
-    "masks: void in val": (lambda f: [remask(BOX | (i == 4) * 255, f"p{i}.png")(f) for i in range(6)], "of val hold"),
+    "mask: transparency": (rewrite(lambda m: Image.merge("LA", [m] * 2)), "or transparency;"),
+    "mask: two pages": (rewrite(lambda m: m, save_all=True, append_images=[blob(x=2)[1]]), "holds 2 pages"),
+    "mask: a palette with white first": (rewrite(lambda m: m.convert("RGB").quantize(2)), "the background, is white"),
+    "masks: of one class": (remask_all(lambda i: BOX * 0), "every mask holds one class alone"),
+    "masks: void in val": (remask_all(lambda i: BOX | (i == 4) * 255), "the masks of val hold nothing but void"),
     "folder: a mask is missing": (delete("masks/p1.png"), "masks/p1.*: missing; a photo and its mask come together"),
-    "folder: a link": (lambda f: delete("images/p1.png")(f) or (f / "images/p1.png").symlink_to("p2.png"), None),
+    "folder: a link": (link("p2.png"), None),
     "folder: two endings": (lambda f: blob()[0].save(f / "images/p1.jpg"), "p1.png: has the name of p1.jpg; give each"),
     "folder: another case": (rename("masks/p1.png", "masks/P1.png"), "masks/p1.*: missing"),
     "folder: an ending in capitals": (rename("images/p1.png", "images/p1.PNG"), None),
-    "folder: spaces, dots, not ASCII": (odd_name, None),
-    "folder: one name, stored in two ways": (accents, None),
+    "folder: spaces, dots, not ASCII": (renamed(*["my hand.v2 손 é"] * 2), None),
+    "folder: one name, stored in two ways": (renamed("e\u0301", "\u00e9"), None),
     "lists: an absent name": (write("val.txt", b"p4\nq9\n"), "images/q9.* and"),
     "lists: a name in train and val": (write("val.txt", b"p4\np0\n"), "val.txt: names p0, which train.txt has already"),
     "lists: a name twice, once with ending": (write("val.txt", b"p4\np4.png\n"), "names p4, which val.txt has"),
@@ -235,51 +217,39 @@ def test_a_folder_reads_right_or_says_what_is_wrong(folder, name):
         assert words in first and first.startswith(str(folder)) and len(more) <= 1, caught.value
 
 
-def test_check_counts_and_lists_every_problem(folder):
+def test_check_counts_notes_what_a_user_may_not_expect_and_lists_every_problem(folder):
     done = run("data.py", "--check", folder)
     assert done.returncode == 0 and "train.txt, val.txt, test.txt, 2 classes\n" in done.stdout
     assert "train     4 photos, 40x32 to 40x32; mask values 0: 83.8%, 255: 16.2%\n" in done.stdout  # 13 * 16 of 40 * 32
-    blob()[0].save(folder / "masks/p1.png")
-    (folder / "masks/p2.png").unlink()
-    (folder / "images/p3.png").write_bytes(b"GIF8")
-    done = run("data.py", "--check", folder)
-    assert done.returncode == 1 and all(f"p{i}" in done.stdout for i in (1, 2, 3)) and "\n3 problems" in done.stdout
-    with pytest.raises(ValueError, match="\n2 more such lines: python data.py --check"):
-        open_dataset(folder, "train")
-
-
-def test_check_notes_what_a_user_may_not_expect(folder):
     photo = Image.open(folder / "images/p0.png")
-    save_turned(photo, folder / "images/p0.png", 3)
-    save_turned(photo, folder / "images/p1.png", 3)
-    save_turned(Image.open(folder / "masks/p1.png"), folder / "masks/p1.png", 3)
+    for name in "images/p0.png", "images/p1.png", "masks/p1.png":
+        save_turned(Image.open(folder / name), folder / name, 3)
     Image.merge("RGBA", [*photo.split(), blob()[1]]).save(folder / "images/p2.png")
     write("train.txt", b"p0\np1\np2\n")(folder)
     done = run("data.py", "--check", folder)
     for words in ("turned by EXIF, but their masks are not", "turned by EXIF, and so are", "photos have a fourth band",
                   "images: 1 photos are in no list (p3, ...)", "\n0 problems"):  # fmt: skip
         assert words in done.stdout, done.stdout
+    photo.save(folder / "masks/p0.png")
+    (folder / "masks/p1.png").unlink()
+    (folder / "images/p2.png").write_bytes(b"GIF8")
+    done = run("data.py", "--check", folder)
+    assert done.returncode == 1 and all(f"p{i}" in done.stdout for i in range(3)) and "\n3 problems" in done.stdout
+    with pytest.raises(ValueError, match="\n2 more such lines: python data.py --check"):
+        open_dataset(folder, "train")
 
 
 @pytest.mark.parametrize("change", [
     lambda f: blob(50, 32)[0].save(f / "images/p0.png"), remask(BOX[:-1], "p0.png"), remask(BOX * 7, "p0.png")])
-def test_a_photo_or_mask_that_changes_while_training_is_named(folder, change):
-    for i in range(6):
-        remask(BOX, f"p{i}.png")(folder)
-    photos = open_dataset(folder, "train", 16, augment=True)
+def test_a_survey_is_not_repeated_but_what_has_changed_since_is_named(folder, change):
+    remask_all(lambda i: BOX)(folder)
+    found = survey(folder)  # 0 and 1 now, where 255 was class 1
+    assert open_dataset(folder, "train")[1][1].unique().tolist() == [0, 1]
     change(folder)
+    photos = open_dataset(found, "train", 16, augment=True)
     with pytest.raises(ValueError, match="p0.png: the photo or its mask has changed since it was checked"):
         photos[0]
-
-
-def test_a_folder_is_surveyed_anew_and_a_survey_is_not(folder):
-    found = survey(folder)
-    for i in range(6):
-        remask(BOX, f"p{i}.png")(folder)
-    assert open_dataset(folder, "train")[1][1].unique().tolist() == [0, 1]  # 0 and 1 now, where 255 was class 1
-    (folder / "images/p0.png").write_bytes(b"hello")
-    assert len(open_dataset(found, "train")) == 4  # nothing is decoded again
-    with pytest.raises(ValueError, match="p0.png: cannot be read"):
+    with pytest.raises(ValueError, match="p0.png: "):
         open_dataset(folder, "train")
 
 
@@ -289,9 +259,6 @@ def test_the_short_side_of_a_split_is_its_medians(tmp_path):
             write_pair(tmp_path / split, f"p{side}", *reversed(blob(70, side)))
     assert [survey(tmp_path).short_side(split) for split in SPLITS] == [30, 60, 60]
     assert open_dataset(tmp_path, "train").crop == 30  # of photos at their own sizes
-
-
-# ---------------------------------------------------------------- sizes and augmentation
 
 
 @law
@@ -366,35 +333,24 @@ def test_crops_depend_on_nothing_but_seed_epoch_and_index(folder):
     assert torch.equal(first[0][0], photos[0][0, 0][0]) and not torch.equal(first[0][0], photos[0][1, 0][0])
 
 
-# ---------------------------------------------------------------- the toy set
-
-
-def test_toy_photos_are_seeded_and_show_skin():
-    for seed in 3, 4:
-        photo, mask = draw_hand_photo(np.random.default_rng([0, seed]))
-        again, same = draw_hand_photo(np.random.default_rng([0, seed]))
-        assert photo.tobytes() == again.tobytes() and mask.tobytes() == same.tobytes()
-        assert photo.size == mask.size == (160, 120) and set(np.unique(mask)) == {0, 255}
-        assert 0.05 < (np.asarray(mask) > 0).mean() < 0.45
-        skin = np.asarray(photo)[np.asarray(mask) > 0].mean(0)
-        assert skin[0] > skin[2]  # under any lamp skin is redder than blue
-
-
-def test_the_toy_folder_is_drawn_once(tmp_path, monkeypatch):
+def test_the_toy_set_is_seeded_shows_skin_and_is_drawn_once(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "draw_set", partial(draw_set, count=7))
-    drawn, again = (run("data.py", tmp_path / "hands") for _ in range(2))
-    assert drawn.returncode == 0 and [len(part) for part in names(tmp_path / "hands")] == [5, 1, 1]
+    drawn, again, other = (run("data.py", tmp_path / name) for name in ("hands", "hands", "others"))
+    assert drawn.returncode == other.returncode == 0 and [*map(len, names(tmp_path / "hands"))] == [5, 1, 1]
     assert again.returncode == 1 and "hands: exists and is not empty" in again.stderr
-
-
-# ---------------------------------------------------------------- random damage
-
-SPOILED = [f"images/p1.{ending}" for ending in ("jpg", "png", "tif", "webp", "gif", "bmp", "ppm")]
-SPOILED += ["masks/p1.png", "masks/p1.gif", "masks/p1.tif", "train.txt"]
+    for path in (tmp_path / "hands").glob("*/*"):
+        assert path.read_bytes() == (tmp_path / "others" / path.relative_to(tmp_path / "hands")).read_bytes()
+    for name in "003", "004":
+        paths = tmp_path / f"hands/images/{name}.jpg", tmp_path / f"hands/masks/{name}.png"
+        photo, mask = (np.asarray(Image.open(path)) for path in paths)
+        assert photo.shape == (120, 160, 3) and mask.shape == (120, 160) and set(np.unique(mask)) == {0, 255}
+        skin = photo[mask > 0].mean(0)
+        assert 0.05 < (mask > 0).mean() < 0.45 and skin[0] > skin[2]  # under any lamp skin is redder than blue
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it finds
-@pytest.mark.parametrize("name", SPOILED)
+@pytest.mark.parametrize("name", [*("images/p1." + e for e in ("jpg", "png", "tif", "webp", "gif", "bmp", "ppm")),
+                                  "masks/p1.png", "masks/p1.gif", "masks/p1.tif", "train.txt"])  # fmt: skip
 def test_a_spoiled_file_is_read_or_named(folder, name):
     """FUZZ=5000 python -m pytest -k spoiled    runs for ten minutes and more; a few examples are enough every day."""
     path = folder / name

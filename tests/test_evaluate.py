@@ -43,9 +43,13 @@ def test_a_run_starts_from_all_weights_but_the_head_of_other_classes(tmp_path, c
             assert torch.equal(x, (fresh if name.startswith("head.") and before != now else want)[name]), name
 
 
-def test_logits_that_are_no_numbers_and_photos_too_long_are_refused(tmp_path):
+def test_another_architecture_a_photo_too_long_and_logits_that_are_no_numbers_are_refused(tmp_path):
     write_checkpoint(tmp_path / "it.pt", width=4)
     model = load(tmp_path / "it.pt")
+    for name, width in ("sru", 4), ("dru", 8), ("unet-g", 4):
+        with pytest.raises(ValueError, match="--start .*it.pt: holds .*'dru'.*; this run builds "):
+            network = {"name": name, "options": {"width": width}}
+            start_from(build(name, 2, width=width), tmp_path / "it.pt", network)
     with pytest.raises(ValueError, match="16x40000 is too much for a network of short side 512"):
         Segmenter(model.net, 512, 1, 1).to_input(Image.new("L", (16, 40000)))
     model.net.head.weight.data.mul_(1e38).mul_(1e38)
@@ -53,22 +57,12 @@ def test_logits_that_are_no_numbers_and_photos_too_long_are_refused(tmp_path):
         segment(model, Image.new("RGB", (40, 40), (200, 10, 10)))
 
 
-def test_another_architecture_is_refused(tmp_path):
-    write_checkpoint(tmp_path / "it.pt", "dru", width=4)
-    for name, options in ("sru", {"width": 4}), ("dru", {"width": 8}), ("unet-g", {"width": 4}):
-        with pytest.raises(ValueError, match="--start .*it.pt: holds .*'dru'.*; this run builds "):
-            start_from(build(name, 2, **options), tmp_path / "it.pt", {"name": name, "options": options})
-
-
-def probabilities(s, photo):  # logits (1, K, h, w) are enlarged first, and then made to sum to one in each pixel
-    s = torch.exp(F.interpolate(s, (photo.height, photo.width), mode="bilinear")[0])
-    return s / s.sum(0)
-
-
 @law
 @given(k=st.integers(2, 5), size=st.tuples(*[st.integers(16, 90)] * 4), seed=seeds)
-def test_classes_in_strips_are_the_likeliest(k, size, seed):
+def test_logits_are_enlarged_and_then_made_to_sum_to_one_also_in_strips(k, size, seed):
     s, photo = torch.randn(1, k, *size[:2], generator=torch.Generator().manual_seed(seed)), Image.new("L", size[2:])
+    want = torch.exp(F.interpolate(s, size[:1:-1], mode="bilinear")[0])
+    torch.testing.assert_close(to_photo(s, photo), want / want.sum(0))
     np.testing.assert_array_equal(to_classes(s, photo, rows=7), to_photo(s, photo).max(0).indices)
 
 
@@ -95,16 +89,6 @@ def test_a_split_is_counted_once_for_each_pass(tmp_path):
     assert torch.equal(curves, want)
 
 
-def test_scores_by_hand():
-    row = scores(torch.tensor([[6, 2], [1, 3]]))  # truth 0: 6 right, 2 called 1; truth 1: 1 called 0, 3 right
-    want = {"mIoU": (6 / 9 + 3 / 6) / 2, "mPrec": (6 / 7 + 3 / 5) / 2, "mRec": (6 / 8 + 3 / 4) / 2,
-            "mF1": (12 / 15 + 6 / 9) / 2, "IoU": 3 / 6, "F1": 6 / 9}  # fmt: skip
-    assert row == pytest.approx(want)
-    assert scores(torch.diag(torch.tensor([4, 4, 0]))) == dict(mIoU=1, mPrec=1, mRec=1, mF1=1)  # class 2 is nowhere
-    missed = scores(torch.tensor([[4, 0], [2, 0]]))  # class 1 is never called
-    assert missed["IoU"] == 0 and missed["mIoU"] == missed["mPrec"] == pytest.approx(4 / 6 / 2)
-
-
 @law
 @given(classes=st.integers(2, 4), seed=seeds)
 def test_scores_equal_their_definition_by_sets(classes, seed):
@@ -115,8 +99,16 @@ def test_scores_equal_their_definition_by_sets(classes, seed):
     for k in range(classes):
         true = {at for at in np.ndindex(truth.shape) if truth[at] == k}
         found = {at for at in np.ndindex(truth.shape) if called[at] == k and truth[at] != 255}
-        each.append((len(true & found) / len(true | found), 2 * len(true & found) / (len(true) + len(found))))
-    assert (row["mIoU"], row["mF1"]) == pytest.approx(tuple(np.mean(each, axis=0)))
+        both, sizes = len(true & found), (len(true | found), len(found), len(true), (len(true) + len(found)) / 2)
+        each.append([both / n for n in sizes])
+    want = dict(zip(("mIoU", "mPrec", "mRec", "mF1"), np.mean(each, axis=0)))
+    assert row == pytest.approx(want | ({"IoU": each[1][0], "F1": each[1][3]} if classes == 2 else {}))
+
+
+def test_scores_of_classes_that_are_nowhere_or_never_called():
+    assert scores(torch.diag(torch.tensor([4, 4, 0]))) == dict(mIoU=1, mPrec=1, mRec=1, mF1=1)  # class 2 is nowhere
+    missed = scores(torch.tensor([[4, 0], [2, 0]]))  # class 1 is never called
+    assert missed["IoU"] == 0 and missed["mIoU"] == missed["mPrec"] == pytest.approx(4 / 6 / 2)
 
 
 def test_break_even_is_where_precision_meets_recall():

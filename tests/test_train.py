@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import data
 import train
-from evaluate import draw_samples, evaluate_split, load, scores
+from evaluate import draw_samples, evaluate_split, load
 from paper import baselines
 from rurnet import PlainUNet, RecurrentUNet
 from support import processes, runtime
@@ -58,31 +58,23 @@ def at_step(monkeypatch, k, change):
     monkeypatch.setattr(train, "recurrent_loss", new)
 
 
-# ---------------------------------------------------------------- a run
-
-
-def test_a_run_leaves_what_readme_promises(trained):
+def test_a_run_leaves_what_readme_promises_and_evaluate_prints_its_table_again(trained, photos, tmp_path):
     at, printed = trained
     assert {p.name for p in (at / "run").iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "samples.png"}
     assert "seeded split" in printed and re.search(r"epoch +2/2  loss [\d.]+  val mIoU [\d.]+", printed)
-    rows = printed.splitlines()[-4:]
-    assert rows[0].split() == ["pass", "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1", "BEP"]
-    assert [row.split()[0] for row in rows[1:]] == ["1", "2", "3"]
+    head, *rows = printed.splitlines()[-4:]
+    assert head.split() == ["pass", "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1", "BEP"]
+    assert [row.split()[0] for row in rows] == ["1", "2", "3"]
     assert re.fullmatch(r"epoch,loss,lr,.*\n1,.*\n2,.*\n", (at / "run/log.csv").read_text())
     assert Image.open(at / "run/samples.png").width > 5 * 100  # photo, truth and three passes
 
-
-def test_evaluate_prints_the_table_again_and_takes_passes_and_views(trained, photos, tmp_path):
-    path = Path(shutil.copy(trained[0] / "run/best.pt", tmp_path))  # samples.png is drawn beside it
+    path = Path(shutil.copy(at / "run/best.pt", tmp_path))  # samples.png is drawn beside it
     table = lambda *flags: run("train.py", "--data", photos, "--evaluate", path, *flags).stdout.splitlines()[3:]
-    rows, five, two = trained[1].splitlines()[-3:], table("--passes", 5), table("--views", 2)
+    five, two = table("--passes", 5), table("--views", 2)
     assert table() == rows == five[:3] and len(five) == 5 and (tmp_path / "samples.png").exists()
     (tmp_path / "samples.png").write_bytes(b"mine")
     assert table() == rows and (tmp_path / "samples.png").read_bytes() == b"mine"
-    model = load(path)
-    model.views = 2
-    want = [scores(matrix)["mIoU"] for matrix in evaluate_split(model, data.open_dataset(photos, "test"))[0]]
-    assert [float(row.split()[1]) for row in two] == pytest.approx(want, abs=1e-4) and two != rows
+    assert len(two) == 3 and two != rows
 
 
 @pytest.mark.parametrize("model, level", [("dru", 0), ("sru", 2), ("unet-b", 4), ("rec-last", 4)])
@@ -90,9 +82,8 @@ def test_a_seed_decides_the_weights_and_a_checkpoint_describes_its_network(photo
     for name, seed in ("a", 1), ("b", 1), ("c", 2):
         train.train(tiny(photos, tmp_path / name, epochs=1, batch=12, model=model, level=level, seed=seed))
     assert alike(tmp_path / "a", tmp_path / "b") and not alike(tmp_path / "a", tmp_path / "c")
-    rebuilt, content = load(tmp_path / "a/best.pt"), torch.load(tmp_path / "a/best.pt", weights_only=True)
-    assert content["network"]["name"] == model and not rebuilt.training
-    assert all(torch.equal(x, content["ema"][name]) for name, x in rebuilt.net.state_dict().items())
+    rebuilt = load(tmp_path / "a/best.pt")
+    assert read_checkpoint(tmp_path / "a/best.pt")["network"]["name"] == model
     assert (rebuilt.size, rebuilt.passes, rebuilt.views, rebuilt.classes) == (16, 3, 1, 2)
 
 
@@ -177,17 +168,16 @@ def wrong(trained, tmp_path_factory):
 
 OUTSIDE = ("--level 5, --level -1, --epochs 0, --batch -1, --passes 0, --width 100000, --size 1000000, --size 8, "
            "--crop 4, --alpha 0.0, --alpha nan, --lr inf, --rotate 400.0, --void 256, --seed -5, --workers -2")
-MISTAKES = [  # what follows `train.py --data {at}/photos --out {tmp}`, and words of the sentence
-    ("--data {tmp}/absent", "absent: is not a folder"),
+
+
+@pytest.mark.parametrize("flags, words", [  # what follows `--data {at}/photos --out {tmp}`, and words of the sentence
     ("--data {tmp}", "holds nothing; it must be one of these"),
-    ("--out {at}/run", "--resume goes on with it"),
     ("--out {at}/run/log.csv", "log.csv: is a file; it must be a folder"),
     ("--resume", "last.pt: no such file; it must be a checkpoint of train.py"),
     ("--out {at}/run --resume --lr 0.1", "--lr 0.1: {at}/run/last.pt has 0.004"),
     ("--out {at}/run --resume --evaluate {at}/run/best.pt", "choose one"),
     ("--start {at}/run/best.pt --resume", "choose one"),
     ("--start {at}/run/best.pt --level 3", "--level 3: {at}/run/best.pt has 4"),
-    ("--start {tmp}/absent.pt", "absent.pt: no such file"),
     ("--evaluate {at}/run/best.pt --level 3", "--level 3: {at}/run/best.pt has 4"),
     ("--evaluate {at}/run", "run: is not a checkpoint"),
     ("--evaluate {at}/run/best.pt --data {wrong}/three", "best.pt: has 2 classes, {wrong}/three 3"),
@@ -199,26 +189,13 @@ MISTAKES = [  # what follows `train.py --data {at}/photos --out {tmp}`, and word
     ("--data {wrong}/fewer --out {at}/run --resume", "{wrong}/fewer: its photos or classes have changed since"),
     ("--out {wrong}/odd --resume", "last.pt: is no last.pt; it lacks optimiser, schedule"),
     *((flags, f"{flags}: must be from ") for flags in OUTSIDE.split(", ")),
-]
-
-
-@pytest.mark.parametrize("flags, words", MISTAKES)
+])  # fmt: skip
 def test_a_mistake_gets_one_sentence_and_changes_nothing(trained, wrong, tmp_path, flags, words):
     fill = lambda text: text.format(at=trained[0], wrong=wrong, tmp=tmp_path)
     before = [sorted(at.rglob("*")) for at in (trained[0], wrong, tmp_path)]
     done = run("train.py", *fill("--data {at}/photos --out {tmp} " + flags).split())  # a traceback would come through
     assert done.returncode == 1 and done.stderr.startswith("train.py: ") and fill(words) in done.stderr
     assert [sorted(at.rglob("*")) for at in (trained[0], wrong, tmp_path)] == before
-
-
-@pytest.mark.parametrize("method", ["iterdir", "mkdir"])
-def test_a_folder_that_may_not_be_read_or_written_is_named(photos, tmp_path, monkeypatch, method):
-    monkeypatch.setattr(Path, method, raising(PermissionError(13, "Permission denied", "there")))
-    done = run("train.py", "--data", photos, "--out", tmp_path / "new", *TINY)
-    assert done.returncode == 1 and done.stderr == "train.py: [Errno 13] Permission denied: 'there'\n"
-
-
-# ---------------------------------------------------------------- how a run ends, and goes on
 
 
 def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(photos, short, tmp_path, monkeypatch, capsys):
@@ -240,26 +217,6 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(photos, short, tmp_p
         else:
             train.train(replace(c, resume=True))
         assert alike(tmp_path / str(way), tmp_path / "whole"), way
-
-
-def test_a_killed_run_can_always_be_resumed(trained, photos, tmp_path):
-    """KILLS=25 python -m pytest -k killed    kills a run, and what resumes it, 25 times."""
-    out, rng = tmp_path / "run", np.random.default_rng(0)
-    command = [sys.executable, HERE / "train.py", "--data", photos, "--out", out, *TINY]
-    for _ in range(int(os.environ.get("KILLS", 1))):
-        resume = ["--resume"] * (out / "last.pt").exists()
-        with subprocess.Popen([*map(str, command), *resume], stdout=subprocess.DEVNULL) as killed:
-            while not (out / "last.pt").exists() and killed.poll() is None:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 6 if resume else 2))
-            ended = killed.poll() == 0
-            killed.kill()
-        assert all(read_checkpoint(path) for path in out.glob("*.pt"))
-        if ended:  # the next is a new run
-            assert alike(out, trained[0] / "run")
-            shutil.rmtree(out)
-    train.train(tiny(photos, out, resume=(out / "last.pt").exists()))
-    assert alike(out, trained[0] / "run")
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no groups of processes")
@@ -292,11 +249,11 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, short, tmp_path, monkeyp
 @pytest.mark.parametrize("error, world, status", [
     (SystemExit(143), 1, 143),
     (KeyboardInterrupt(), 1, 130),
+    (PermissionError(13, "Permission denied", "a"), 1, "train.py: [Errno 13] Permission denied: 'a'"),
     (ValueError("a.png: is grey"), 1, "train.py: a.png: is grey"),
     (ValueError("Caught ValueError in worker 0.\n  trace\nValueError: a.png: gone"), 1, "train.py: ValueError: a.png"),
     (MemoryError(), 1, "train.py: out of memory; a smaller --batch, --crop or --size takes less, and so does"),
     (torch.OutOfMemoryError("CUDA out of memory\nmore"), 1, "train.py: CUDA out of memory; a smaller --batch"),
-    (RuntimeError("could not create a primitive"), 1, "train.py: could not create a primitive; a smaller --batch"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "train.py: DataLoader worker (pid 7)"),
     (RuntimeError("[gloo] connection closed\nmore"), 2, "train.py: [gloo] connection closed; did another process end?"),
     (RuntimeError("[gloo] connection closed"), 1, None),  # of one process, so an error of our own
@@ -318,11 +275,11 @@ WRITERS = {  # all that writes a file
 }
 
 
-HIDDEN = RuntimeError("unexpected pos 1172224")  # as torch's writer hides a full disk
-HIDDEN.__context__ = OSError(28, "No space left on device")
+FULL, HIDDEN = OSError(28, "No space left on device"), RuntimeError("unexpected pos 1172224")
+HIDDEN.__context__ = FULL  # as torch's writer hides a full disk
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), HIDDEN])
+@pytest.mark.parametrize("error", [FULL, HIDDEN])
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_leaves_what_was_there(trained, tmp_path, monkeypatch, name, error):
     (tmp_path / name).write_text("before")
@@ -334,7 +291,6 @@ def test_a_full_disk_leaves_what_was_there(trained, tmp_path, monkeypatch, name,
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such locks")
 def test_a_folder_belongs_to_one_run(trained, photos, tmp_path):
-    """That a killed run frees its folder is shown above: the next begins at once."""
     import fcntl
 
     held = os.open(tmp_path, os.O_RDONLY)
@@ -348,12 +304,11 @@ def test_a_folder_belongs_to_one_run(trained, photos, tmp_path):
 
 
 def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tmp_path, monkeypatch):
-    for name in "best.pt", "last.pt", "log.csv", "curves.png", "samples.png":
+    for name in "best.pt", "log.csv", "curves.png", "samples.png":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("mine")
-        if name != "last.pt":
-            done = run("train.py", "--data", photos, "--out", tmp_path / name, *TINY)
-            assert f"{name}: holds a run already ({name}); --resume" in done.stderr
+        done = run("train.py", "--data", photos, "--out", tmp_path / name, *TINY)
+        assert f"{name}: holds a run already ({name}); --resume" in done.stderr
         assert (tmp_path / name / name).read_text() == "mine"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "recurrent_loss", raising(KeyboardInterrupt()))
@@ -362,40 +317,33 @@ def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tm
     assert read_checkpoint(tmp_path / "new/last.pt")["config"]["level"] == 2
 
 
-CHANGES = {  # between stop and resume
-    "train/p0 changed, 1 in all": lambda at: (at / "images/p0.png").write_bytes((at / "images/p1.png").read_bytes()),
-    "p0 changed, train/p1 changed, ": lambda at: [ImageOps.invert(Image.open(p)).save(p) for p in at.glob("masks/*")],
-    " gone, ": lambda at: [path.unlink() for path in at.glob("*/p0.png")],
-}
-
-
-@pytest.mark.parametrize("words", CHANGES)
-def test_resuming_says_what_has_changed(trained, tmp_path, words):
+@pytest.mark.parametrize("words, change", [
+    ("train/p0 changed, 1 in all", lambda at: (at / "images/p0.png").write_bytes((at / "images/p1.png").read_bytes())),
+    ("p0 changed, train/p1 changed, ", lambda at: [ImageOps.invert(Image.open(p)).save(p) for p in at.glob("masks/*")]),
+    (" gone, ", lambda at: [path.unlink() for path in at.glob("*/p0.png")]),
+])  # fmt: skip
+def test_resuming_says_what_has_changed(trained, tmp_path, words, change):
     shutil.copytree(trained[0] / "photos", tmp_path / "photos")
     shutil.copytree(trained[0] / "run", tmp_path / "run")
-    CHANGES[words](tmp_path / "photos")
+    change(tmp_path / "photos")
     done = run("train.py", "--data", tmp_path / "photos", "--out", tmp_path / "run", "--resume")
     assert "its photos or classes have changed since" in done.stderr and words in done.stderr
     again = re.search("(--start .*)\n", done.stderr)[1].split()
     assert run("train.py", "--data", tmp_path / "photos", "--out", tmp_path / "new", *again, *TINY[4:]).returncode == 0
 
 
-@pytest.mark.parametrize("part, value", [
-    ("log", "abc"), ("done", "x"), ("best", None), ("total", []), ("optimiser", 3), ("photos", 3), ("network", 5),
-    ("config", 7), ("schedule", {"last_epoch": "x"}), ("log", [1]), ("model", {}),
+OTHER = {"name": "dru", "options": {"width": 2}}, baselines.build("dru", 2, width=2).state_dict()
+
+
+@pytest.mark.parametrize("changed, words", [
+    *(({part: value}, "") for part, value in dict(log="abc", done="x", best=None, total=[], optimiser=3, photos=3,
+      network=5, config=7, schedule={"last_epoch": "x"}, model={}).items()), ({"log": [1]}, ""),
+    ({"network": OTHER[0], "ema": OTHER[1]}, "holds {'name': 'dru', 'options': {'width': 2}}, but its settings build"),
 ])  # fmt: skip
-def test_a_last_checkpoint_of_wrong_types_gets_one_sentence(trained, photos, tmp_path, part, value):
-    torch.save(read_checkpoint(trained[0] / "run/last.pt") | {part: value}, tmp_path / "last.pt")
+def test_a_last_checkpoint_of_wrong_parts_gets_one_sentence(trained, photos, tmp_path, changed, words):
+    torch.save(read_checkpoint(trained[0] / "run/last.pt") | changed, tmp_path / "last.pt")
     done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
-    assert done.stderr.startswith(f"train.py: {tmp_path}/last.pt: ") and done.stderr.count("\n") == 1, done.stderr
-
-
-def test_the_settings_of_a_checkpoint_must_build_its_network(trained, photos, tmp_path):
-    network, ema = {"name": "dru", "options": {"width": 2}}, baselines.build("dru", 2, width=2).state_dict()
-    content = read_checkpoint(trained[0] / "run/last.pt") | {"network": network, "ema": ema}
-    torch.save(content, tmp_path / "last.pt")
-    done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
-    assert "last.pt: holds {'name': 'dru', 'options': {'width': 2}}, but its settings build" in done.stderr
+    assert done.stderr.startswith(f"train.py: {tmp_path}/last.pt: {words}") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such shell")
@@ -409,9 +357,6 @@ def test_any_name_and_any_stream_will_do(photos, tmp_path, shell):
     assert done.returncode == 0 and b"\x1b" not in done.stdout and shown in done.stdout
 
 
-# ---------------------------------------------------------------- several processes
-
-
 def test_processes_share_every_batch_and_count_every_photo_once(photos, trained, monkeypatch):
     batches = lambda epoch=1, done=0: list(processes.share_of_batches(402, 20, 7, epoch, 2, done))
     alone, shares, parts = batches(), [], []
@@ -422,8 +367,8 @@ def test_processes_share_every_batch_and_count_every_photo_once(photos, trained,
     whole = evaluate_split(model, split)
     monkeypatch.setattr("evaluate.gather_from_processes", lambda part: [part])
     for rank in range(4):
-        monkeypatch.setattr(processes, "rank_and_world", lambda rank=rank: (rank, 4))
-        monkeypatch.setattr("evaluate.rank_and_world", processes.rank_and_world)
+        for module in "support.processes", "evaluate":
+            monkeypatch.setattr(f"{module}.rank_and_world", lambda rank=rank: (rank, 4))
         shares.append(batches())
         parts.append(evaluate_split(model, split))
     for *quarters, batch in zip(*shares, alone, strict=True):
@@ -444,7 +389,7 @@ def torchrun(*args, **environment):
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
     command = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "tests/two_processes.py"
-    return process(*command, *args, **environment)
+    return process(*command, *args, PYTHONPATH=str(HERE), **environment)
 
 
 def test_two_processes_learn_what_one_learns(photos, tmp_path, monkeypatch):
@@ -462,11 +407,13 @@ def test_two_processes_learn_what_one_learns(photos, tmp_path, monkeypatch):
     assert tables[0] == pytest.approx(tables[1], abs=5e-3)  # of one test photo: the second process has none
 
 
-def test_a_process_that_dies_ends_the_others(photos, tmp_path):
+def test_a_process_that_dies_ends_the_others_and_what_they_leave_can_be_resumed(trained, photos, tmp_path):
     began = time.time()
     done = torchrun("--data", photos, "--out", tmp_path, *TINY, DIES="1")
     assert done.returncode != 0 and "rank      : 1" in done.stderr and "SIGKILL" in done.stderr
-    assert time.time() - began < 100 and read_checkpoint(tmp_path / "last.pt") and not (tmp_path / "log.csv").exists()
+    assert time.time() - began < 100 and not (tmp_path / "log.csv").exists()
+    train.train(tiny(photos, tmp_path, resume=True))
+    assert alike(tmp_path, trained[0] / "run")
 
 
 # ---------------------------------------------------------------- support/runtime.py
@@ -568,19 +515,14 @@ def test_training_is_recorded_at_the_second_batch_of_a_shape(graphs, monkeypatch
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_training_from_cuda_graphs_is_training():
+def test_cuda_graphs_change_neither_gradients_nor_masks():
     net = runtime.for_device(RecurrentUNet(), torch.device("cuda"))
-    graphed = runtime.Graphed(net)
-    for image in torch.randn(4, 2, 3, 40, 56, device="cuda"):
-        found = [torch.autograd.grad(sum(s.square().mean() for s in f(image, 3)), [*net.parameters()]) for f in (graphed, net)]
-        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("half", [False, True])
-def test_a_replayed_network_is_the_network(half):
-    net = runtime.for_device(RecurrentUNet().eval(), torch.device("cuda"))
-    replayed, within = runtime.Replayed(net), 1e-2 if half else 1e-4
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half):
-        for image in torch.randn(4, 1, 3, 40, 56, device="cuda"):
-            torch.testing.assert_close(replayed(image, 3), net(image, 3), rtol=within, atol=within)
+    graphed, images = runtime.Graphed(net), torch.randn(4, 2, 3, 40, 56, device="cuda")
+    gradients = lambda masks: torch.autograd.grad(sum(s.square().mean() for s in masks), [*net.parameters()])
+    for image in images:
+        torch.testing.assert_close(*(gradients(f(image, 3)) for f in (graphed, net)), rtol=1e-3, atol=1e-4)
+    for half, within in (False, 1e-4), (True, 1e-2):
+        replayed = runtime.Replayed(net.eval())
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half):
+            for image in images:
+                torch.testing.assert_close(replayed(image, 3), net(image, 3), rtol=within, atol=within)

@@ -2,11 +2,7 @@
 
 import os
 import signal
-import sys
 from itertools import count
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
