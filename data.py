@@ -99,7 +99,8 @@ def find_pairs(root):
         known = "\n".join(f"  {layout.__name__:14} {layout.__doc__}" for layout in LAYOUTS)
         raise ValueError(f"{root}: holds {here}; it must be one of these:\n{known}")
     (found,) = fits.values()
-    found.problems += [f"{root}: has no photos for {split}; it needs one" for split in SPLITS if not found.pairs[split]]
+    empty = [f"{root}: has no photos for {split}; it needs one" for split in SPLITS if not found.pairs[split]]
+    found.problems = [*dict.fromkeys(found.problems + empty)]  # a file in the way of every split is one problem
     return found
 
 

@@ -207,5 +207,8 @@ def draw_samples(model, photos, path, rows=4):
         axis = figure.add_subplot(len(lines), len(lines[0]), i, title=title)
         axis.imshow(np.asarray(picture), colours, vmin=0, vmax=photos.classes - 1)
         axis.axis("off")
-    with new_file(path) as file:
-        figure.savefig(file, dpi=80)
+    try:
+        with new_file(path) as file:
+            figure.savefig(file, dpi=80)
+    except ValueError as error:  # a folder that may not be written: the table is printed all the same
+        print_once(error)

@@ -193,7 +193,7 @@ def learn(c, net, folder, device, out, rank, world):
                 schedule.step()
                 ema.update_parameters(net)
                 total, done = total + loss, done + 1
-                interrupts.obey(f"epoch {epoch}, step {done}", lambda: save_as("last.pt", everything))
+                interrupts.obey(f"step {done} of epoch {epoch}", lambda: save_as("last.pt", everything))
 
             save_as("last.pt", everything)  # a long validation may be killed
             processes.copy_buffers_from_first(ema.module)

@@ -43,7 +43,7 @@ def draw_box(ax, middle, size, text, color, fill=None):
 
 
 def draw_diagram(name, size, boxes, arrows, texts):
-    """An inch is a unit. boxes (x, y, width, text, color); arrows (color, style, corners); texts (x, y, text, color)."""
+    """In inches: boxes (x, y, width, text, color), arrows (color, style, corners), texts (x, y, text, color)."""
     figure, ax = plt.subplots(figsize=size)
     figure.subplots_adjust(0, 0, 1, 1)
     ax.set(xlim=(0, size[0]), ylim=(0, size[1]))
@@ -94,9 +94,9 @@ def draw_unrolled():
         rows = ("encoder", BLUE), ("unit", GREEN), ("decoder, head", BLUE)
         boxes += [(x, 1.0 + 0.9 * k, 1.2, text, color) for k, (text, color) in enumerate(rows)]
         boxes.append((x, 3.75, 1.2, rf"$\alpha^{3 - t}\,$ CE$(s_{t}, y)$", GREY))
-        arrows += [("black", "-", [(x, y), (x, y + h)]) for y, h in ((0.35, 0.4), (1.25, 0.4), (2.15, 0.4), (3.05, 0.45))]
+        up, back = (0.35, 0.75, 1.25, 1.65, 2.15, 2.55, 3.05, 3.5), ((3.5, 3.07), (2.55, 2.17), (1.65, 1.27))
+        arrows += [("black", "-", [(x, start), (x, end)]) for start, end in zip(up[::2], up[1::2])]
         texts.append((x - 0.15, 3.27, f"$s_{t}$", "black"))
-        back = (3.5, 3.07), (2.55, 2.17), (1.65, 1.27)
         arrows += [(GREY, ":", [(x + 0.3, high), (x + 0.3, low)]) for high, low in back if t == 3 or high < 3]
         if t < 3:
             way = [(x, 3.27), (x + 1.55, 3.27), (x + 1.55, 1.06), (x + 2.82, 1.06)]

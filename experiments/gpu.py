@@ -239,7 +239,8 @@ def run_limited(command, seconds, path):
     began = time.time()
     with path.open("w") as file:
         try:
-            status = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds).returncode
+            how = dict(cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds)
+            status = subprocess.run(command, **how).returncode
         except subprocess.TimeoutExpired:
             status = "stopped at its limit"
         print(f"{path.name}: status {status}, {time.time() - began:.0f} s", file=file)

@@ -18,21 +18,21 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of 90 megapix
 
 
 def open_picture(path, small=False):
-    """The picture, upright: `turn` is its EXIF tag, `whole` its size. A `small` JPEG is decoded at an eighth of that.
-    ValueError names a file that cannot be read."""
+    """The picture, upright. `turn` is its EXIF tag, `whole` its size, `pages` how many it has. A `small` JPEG is decoded
+    at an eighth of that size. ValueError names a file that cannot be read."""
     try:
         if not path.is_file():
             raise ValueError("not a file")  # reading a named pipe would wait forever
         picture = Image.open(path, formats=FORMATS)
         if picture.mode == "F":
             raise ValueError("floating-point values of unknown range")
-        turn, (w, h) = picture.getexif().get(0x0112, 1), picture.size
+        turn, (w, h), pages = picture.getexif().get(0x0112, 1), picture.size, getattr(picture, "n_frames", 1)
         if small:
             picture.draft("RGB", (64, 64))
         ImageOps.exif_transpose(picture, in_place=True)
         picture.load()
         sideways = turn in (5, 6, 7, 8) and picture.format != "TIFF"  # of a TIFF Pillow turns the size itself
-        picture.turn, picture.whole = turn, (h, w) if sideways else (w, h)
+        picture.turn, picture.whole, picture.pages = turn, (h, w) if sideways else (w, h), pages
         return picture
     except Exception as error:  # a broken file raises any of a dozen kinds of exception in Pillow
         raise unreadable(path, error or type(error).__name__) from None
@@ -58,8 +58,8 @@ def read_photo(path):
 def read_labels(path):
     """The numbers stored in a mask, (H, W). Only a palette's indices count; its colours are for looking at."""
     mask = open_picture(path)
-    if getattr(mask, "n_frames", 1) > 1:
-        raise ValueError(f"{path}: holds {mask.n_frames} pages; save the one that is the mask")
+    if mask.pages > 1:
+        raise ValueError(f"{path}: holds {mask.pages} pages; save the one that is the mask")
     if mask.mode == "P":
         used = np.unique(mask)
         colours = np.array(mask.getpalette()).reshape(-1, 3)[used]
@@ -102,7 +102,7 @@ class Found:
 
     def add(self, split, name, photo, mask, read=None):
         if missing := [f"{file}" for file in (photo, mask) if not file.exists()]:
-            self.problems.append(f"{' and '.join(missing)}: missing; a photo and its mask come together")
+            self.problems.append(f"{' and '.join(missing)}: missing; a photo and its mask come together: add it, or remove the other")
         else:
             self.pairs[split].append((name, photo, mask, read))
 

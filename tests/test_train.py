@@ -212,7 +212,7 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(photos, short, tmp_p
         assert read_checkpoint(tmp_path / str(way) / "last.pt")["done"] == done
         if isinstance(way, int):
             where, again = re.search("after (.*), all is saved; python (.*) goes on", capsys.readouterr().err).groups()
-            assert stopped.value.code == 130 and where == f"epoch {way // 4 + 1}, step {done}"
+            assert stopped.value.code == 130 and where == f"step {done} of epoch {way // 4 + 1}"
             assert run(*shlex.split(again)).returncode == 0
         else:
             train.train(replace(c, resume=True))
@@ -228,7 +228,7 @@ def test_workers_change_nothing_and_leave_with_the_run(trained, photos, tmp_path
             assert stopped.poll() is None
         os.killpg(stopped.pid, signal.SIGTERM)  # to the workers too, as `timeout` and many schedulers do
         _, errors = stopped.communicate(timeout=100)  # ends when no process holds the pipe any more
-    assert stopped.returncode == 143 and errors.count("\n") < 8 and "stopped after epoch" in errors, errors
+    assert stopped.returncode == 143 and errors.count("\n") < 8 and "stopped after " in errors, errors
     train.train(tiny(photos, tmp_path, resume=True, workers=0))
     assert alike(tmp_path, trained[0] / "run")
 
@@ -405,6 +405,26 @@ def test_two_processes_learn_what_one_learns(photos, tmp_path, monkeypatch):
     assert "and 1 more" in two.stdout and two.stdout.count("epoch   1/1") == 1 == two.stdout.count("pass    mIoU")
     tables = [[float(n) for line in done.stdout.splitlines()[-3:] for n in line.split()] for done in (one, two)]
     assert tables[0] == pytest.approx(tables[1], abs=5e-3)  # of one test photo: the second process has none
+
+
+def test_a_killed_run_can_always_be_resumed(trained, photos, tmp_path):
+    """KILLS=25 python -m pytest -k killed    kills a run, and what resumes it, 25 times."""
+    out, rng = tmp_path / "run", np.random.default_rng(0)
+    command = [sys.executable, HERE / "train.py", "--data", photos, "--out", out, *TINY]
+    for _ in range(int(os.environ.get("KILLS", 1))):
+        resume = ["--resume"] * (out / "last.pt").exists()
+        with subprocess.Popen([*map(str, command), *resume], stdout=subprocess.DEVNULL) as killed:
+            while not (out / "last.pt").exists() and killed.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 6 if resume else 2))
+            ended = killed.poll() == 0
+            killed.kill()
+        assert all(read_checkpoint(path) for path in out.glob("*.pt"))
+        if ended:  # the next is a new run
+            assert alike(out, trained[0] / "run")
+            shutil.rmtree(out)
+    train.train(tiny(photos, out, resume=(out / "last.pt").exists()))
+    assert alike(out, trained[0] / "run")
 
 
 def test_a_process_that_dies_ends_the_others_and_what_they_leave_can_be_resumed(trained, photos, tmp_path):
