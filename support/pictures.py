@@ -18,8 +18,8 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of 90 megapix
 
 
 def open_picture(path, small=False):
-    """The picture, upright. `turn` is its EXIF tag, `whole` its size, `pages` how many it has. A `small` JPEG is decoded
-    at an eighth of that size. ValueError names a file that cannot be read."""
+    """The picture, upright: `turn` is its EXIF tag, `whole` its size, `pages` how many it has. A `small` JPEG is
+    decoded at an eighth of that size. ValueError names a file that cannot be read."""
     try:
         if not path.is_file():
             raise ValueError("not a file")  # reading a named pipe would wait forever
@@ -102,7 +102,8 @@ class Found:
 
     def add(self, split, name, photo, mask, read=None):
         if missing := [f"{file}" for file in (photo, mask) if not file.exists()]:
-            self.problems.append(f"{' and '.join(missing)}: missing; a photo and its mask come together: add it, or remove the other")
+            about = "a photo and its mask come together: add it, or remove the other"
+            self.problems.append(f"{' and '.join(missing)}: missing; {about}")
         else:
             self.pairs[split].append((name, photo, mask, read))
 
