@@ -191,9 +191,9 @@ def time_kernels():
                 calls = {form: [*map(back, row, inputs)] for form, row in calls.items()}
             calls["copy"] = [xs[0].detach().clone for xs in inputs]
             times = time_forms({form: captured(row) for form, row in calls.items()})
-            passes = TRANSFERS[name.split(",")[0]][way][0]
+            transfers = TRANSFERS[name.split(",")[0]][way][0]
             for form, ms in times.items():
-                share, ratio = passes / 2 * times_faster(times["copy"], ms), times_faster(ms, times["fused"])
+                share, ratio = transfers / 2 * times_faster(times["copy"], ms), times_faster(ms, times["fused"])
                 print(f"{name:20} {way:9}{str(dtype)[6:]:9}{mb:4} MB  {form:36}{statistics.median(ms) / sets:9.4f} ms"
                       f"{share:9.1%} of a copy's speed{ratio:8.3f} of fused's time")  # fmt: skip
         torch.compiler.reset()
