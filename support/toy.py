@@ -184,10 +184,10 @@ def draw_set(folder, count=240, seed=0):
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
     names = [f"{i:03d}" for i in range(count)]
+    cuts = 0, round(0.7 * count), round(0.85 * count), count  # lists first: a drawing that was stopped is noticed
+    for split, a, b in zip(("train", "val", "test"), cuts, cuts[1:]):
+        (folder / f"{split}.txt").write_text("\n".join(names[a:b]) + "\n")
     for i, name in enumerate(names):
         photo, mask = draw_hand_photo(np.random.default_rng([seed, i]))
         photo.save(folder / "images" / f"{name}.jpg", quality=90)
         mask.save(folder / "masks" / f"{name}.png")
-    cuts = 0, round(0.7 * count), round(0.85 * count), count
-    for split, a, b in zip(("train", "val", "test"), cuts, cuts[1:]):
-        (folder / f"{split}.txt").write_text("\n".join(names[a:b]) + "\n")
