@@ -16,8 +16,6 @@ class FeedsLogits(RecurrentUNet):
 
 
 class SeesState(RecurrentUNet):
-    """z = sigmoid(f_z(e) + a 1x1 convolution of h)."""
-
     def __init__(self):
         super().__init__()
         self.look = nn.Conv2d(self.hidden, self.hidden, 1)
