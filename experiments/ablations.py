@@ -69,6 +69,26 @@ def masked_state(classes):
     return net
 
 
+class Detached(RecurrentUNet):
+    """Every pass is taught, none through the passes before it."""
+
+    def step(self, image, state):
+        return super().step(image, tuple(x.detach() for x in state))
+
+
+class OneDrawn(RecurrentUNet):
+    """In training, only the last of 1 to `passes` passes is taught: how many is drawn for every batch."""
+
+    def forward(self, image, passes=None):
+        if not self.training:
+            return super().forward(image, passes)
+        state = self.start(image)
+        with torch.no_grad():
+            for _ in range(torch.randint(passes or self.passes, ())):
+                _, state = self.step(image, state)
+        return [self.step(image, state)[0]]
+
+
 ABLATIONS = {  # name: what changes in the Config
     **{f"N = {n}": dict(passes=n) for n in (1, 2, 4, 5)},
     "alpha = 0.7": dict(alpha=0.7), "alpha = 1": dict(alpha=1.0),
@@ -83,6 +103,8 @@ BUILD = {  # name: its network, which a Config cannot describe, from the number 
     "candidate of e and r * h": masked_state,
 }
 ABLATIONS |= {name: {} for name in BUILD}
+WAYS = {"detached": Detached, "one drawn": OneDrawn, "one drawn, 2 x steps": OneDrawn}  # of training DRU(4)
+BUILD |= WAYS
 
 # ---------------------------------------------------------------- norm: the plain U-Net, 300 steps of 4 crops
 

@@ -9,6 +9,7 @@ You may stop `run` at any time: started again, it resumes. Start it once for eve
 """
 
 import csv
+import re
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ import train
 from data import open_dataset, survey
 from evaluate import evaluate_split, load, scores
 from experiments import tables
-from experiments.ablations import ABLATIONS, BUILD
+from experiments.ablations import ABLATIONS, BUILD, WAYS
 from support.checkpoints import read_checkpoint
 
 DATA = {  # what a step sees is the same for every system
@@ -60,9 +61,10 @@ def all_runs():
     ablations = [name for name in ABLATIONS if name != "N = 1"]
     for seed in 0, 1, 2:
         order = [(name, data) for name in systems for data in DATA]
+        order += [(name, data) for name in WAYS for data in ("hgr", "DRIVE", "roads")]
         for name, data in order + [(name, data) for name in ablations for data in ("hgr", "DRIVE")]:
-            flags = DATA[data] | (SYSTEMS | ABLATIONS)[name]
-            flags["epochs"] *= 3 if "3 x" in name else 1
+            flags = DATA[data] | (SYSTEMS | ABLATIONS).get(name, {})
+            flags["epochs"] *= int(times[1]) if (times := re.search(r"(\d) x steps", name)) else 1
             out = f"runs/evidence/{data}, {name}, seed {seed}".replace(" ", "_").replace(",", "")
             yield Run(data, name, seed, train.Config(data=data, seed=seed, out=out, **flags))
 
@@ -82,7 +84,7 @@ def train_and_test(run, root):
     folder = survey(c.data, c.void)
     train.train(c, run.net, folder)
     model, photos = load(out / "best.pt", net=run.net), open_dataset(folder, "test")
-    model.passes = 5 if run.system in (*ABLATIONS, "DRU(4)") else 3
+    model.passes = 5 if run.system in (*ABLATIONS, *WAYS, "DRU(4)") else 3
     tested = [scores(matrix) for matrix in evaluate_split(model, photos)[0]]
     log, n = read_checkpoint(out / "last.pt")["log"], len(folder.pairs["train"])
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
