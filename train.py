@@ -105,17 +105,17 @@ def parse(argv=None):
     return Config(**saved | {"out": c.out} | typed)
 
 
-def train(c, net=None, folder=None):
+def train(c, net=None, folder=None, criterion=recurrent_loss):
     """Train by a Config and write best.pt and last.pt into its --out; return what `data.survey` finds in c.data, or
-    `folder`. `net` is a network of your own, which `evaluate.load` then needs too."""
+    `folder`. `net` is a network of your own, which `evaluate.load` then needs too; `criterion` a loss of your own."""
     device = processes.join()
     with processes.exclusive(Path(c.out), c.resume):
         folder = folder or survey(c.data, c.void)
-        learn(c, net, folder, device, Path(c.out), *processes.rank_and_world())
+        learn(c, net, folder, criterion, device, Path(c.out), *processes.rank_and_world())
     return folder
 
 
-def learn(c, net, folder, device, out, rank, world):
+def learn(c, net, folder, criterion, device, out, rank, world):
     # 2. data
     held_out = open_dataset(folder, "val")
     c = replace(c, size=c.size or min(128, folder.short_side("train")))
@@ -185,7 +185,7 @@ def learn(c, net, folder, device, out, rank, world):
                 pixels = processes.sum_over_processes((truth != VOID).sum())
                 with autocast(device):
                     masks = learner(image, c.passes)  # logits after each of N passes
-                    loss = recurrent_loss(masks, truth, c.alpha, pixels)  # eq. (7)
+                    loss = criterion(masks, truth, c.alpha, pixels)  # eq. (7)
                 optimiser.zero_grad()
                 (loss * world).backward()  # processes average their gradients; their losses are parts of one sum
                 loss = processes.finite_sum(loss, net, masks, f"epoch {epoch}, step {done + 1}")

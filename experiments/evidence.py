@@ -77,6 +77,11 @@ def command_of(run):
     return " ".join(["python train.py", *words]) + note
 
 
+def commit():
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
 def train_and_test(run, root):
     """Train, or go on; test the best checkpoint; return the row for the csv."""
     out = Path(run.config.out)
@@ -87,13 +92,11 @@ def train_and_test(run, root):
     model.passes = 5 if run.system in (*ABLATIONS, *WAYS, "DRU(4)") else 3
     tested = [scores(matrix) for matrix in evaluate_split(model, photos)[0]]
     log, n = read_checkpoint(out / "last.pt")["log"], len(folder.pairs["train"])
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
     best = max(row[max(k for k in row if k.startswith("mIoU"))] for row in log)
     names = "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1"
     return dict(
         data=run.data, system=run.system, seed=run.seed,
-        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        parameters=sum(p.numel() for p in model.parameters()), steps=c.epochs * (n * -(-400 // n) // c.batch),
+        commit=commit(), parameters=sum(p.numel() for p in model.parameters()), steps=c.epochs * (n * -(-400 // n) // c.batch),
         minutes=f"{sum(row['seconds'] for row in log) / 60:.1f}", val_mIoU=f"{best:.4f}",
         **{name: " ".join(f"{row[name]:.4f}" for row in tested if name in row) for name in names},
     )  # fmt: skip
