@@ -185,13 +185,13 @@ def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypa
     relu, plain = tables.read_rows("evidence.csv")
     assert relu["parameters"] == str(count_parameters(RecurrentUNet())) and len(relu["IoU"].split()) == 5
     assert relu["steps"] == plain["steps"] == "20"  # 6 photos, 67 times, 20 a step
-    (matrix,), _ = evaluate_split(load("runs/evidence/unet-g/best.pt"), open_dataset(at / "photos", "test"))
+    (matrix,), *_ = evaluate_split(load("runs/evidence/unet-g/best.pt"), open_dataset(at / "photos", "test"))
     assert plain["IoU"] == f"{matrix[1, 1] / (matrix.sum() - matrix[0, 0]):.4f}"
 
 
 def test_a_watched_video_is_scored_as_photos_are(trained, monkeypatch):
     model, photos = load(trained[0] / "run/best.pt"), open_dataset(trained[0] / "photos", "train")
-    matrices, _ = evaluate_split(model, photos)
+    matrices, *_ = evaluate_split(model, photos)
     watched = [video.watch(model, photos, way)[0] for way in video.WAYS]
     assert torch.equal(watched[0], matrices[2]) and torch.equal(watched[2], matrices[0])
     assert not torch.equal(watched[1], matrices[0])  # all frames are of one sequence, so the state is carried

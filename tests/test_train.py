@@ -27,9 +27,9 @@ import data
 import train
 from evaluate import draw_samples, evaluate_split, load
 from paper import baselines
-from rurnet import PlainUNet, RecurrentUNet
+from rurnet import PlainUNet, RecurrentUNet, recurrent_loss
 from support import processes, runtime
-from support.checkpoints import read_checkpoint, save, write_log
+from support.checkpoints import FILES, read_checkpoint, save, write_log
 from support.export import export
 from train import Config, parse
 
@@ -61,7 +61,7 @@ def at_step(monkeypatch, k, change):
 
 def test_a_run_leaves_what_readme_promises_and_evaluate_prints_its_table_again(trained, photos, tmp_path):
     at, printed = trained
-    assert {p.name for p in (at / "run").iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "samples.png"}
+    assert {p.name for p in (at / "run").iterdir()} == {*FILES}
     assert "seeded split" in printed and re.search(r"epoch +2/2  loss [\d.]+  val mIoU [\d.]+", printed)
     head, *rows = printed.splitlines()[-4:]
     assert head.split() == ["pass", "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1", "BEP"]
@@ -73,6 +73,13 @@ def test_a_run_leaves_what_readme_promises_and_evaluate_prints_its_table_again(t
     table = lambda *flags: run("train.py", "--data", photos, "--evaluate", path, *flags).stdout.splitlines()[3:]
     five, two = table("--passes", 5), table("--views", 2)
     assert table() == rows == five[:3] and len(five) == 5 and (tmp_path / "samples.png").exists()
+    for name, photo, mask, _ in data.open_dataset(photos, "test").pairs:  # the test split alone will do
+        for file in photo, mask:
+            (tmp_path / "alone" / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "alone" / file.parent.name)
+        with open(tmp_path / "alone/test.txt", "a") as names:
+            names.write(f"{name}\n")
+    assert table("--data", tmp_path / "alone") == rows
     (tmp_path / "samples.png").write_bytes(b"mine")
     assert table() == rows and (tmp_path / "samples.png").read_bytes() == b"mine"
     assert len(two) == 3 and two != rows
@@ -89,15 +96,14 @@ def test_a_seed_decides_the_weights_and_a_checkpoint_describes_its_network(photo
 
 
 def test_what_a_checkpoint_holds(photos, short, tmp_path, monkeypatch):
-    """Of a network of one's own, trained with --recompute for two epochs, of which the first scores better."""
-    net, weights, losses, ious = RecurrentUNet(width=2, hidden=3, level=1), [], [], iter([0.9] * 3 + [0.5] * 3)
-    loss, recomputed = train.recurrent_loss, []
-    monkeypatch.setattr(train, "recurrent_loss", lambda *a: losses.append(loss(*a)) or losses[-1])
-    monkeypatch.setattr(train, "scores", lambda matrix: {"mIoU": next(ious)})
+    """Of a network and a loss of one's own, with --recompute, after two epochs, of which the first scores better."""
+    net, weights, losses, recomputed = RecurrentUNet(width=2, hidden=3, level=1), [], [], []
+    ious, criterion = iter([0.9, 0.5]), lambda *a: losses.append(recurrent_loss(*a)) or losses[-1]
+    monkeypatch.setattr(train, "summary", lambda *_: (next(ious), {"CE_1": 1, "mIoU_1": 1}))
     monkeypatch.setattr(train, "Recomputed", lambda net: recomputed.append(net) or runtime.Recomputed(net))
     hook = register_optimizer_step_post_hook(lambda *_: weights.append([p.detach().clone() for p in net.parameters()]))
     c = tiny(photos, tmp_path, batch=7, recompute=1)
-    train.train(c, net, data.survey(photos))
+    train.train(c, net, data.survey(photos), criterion)
     hook.remove()
     assert recomputed == [net]
     losses = [sum(losses[:3]).item() / 3, sum(losses[3:]).item() / 3]
@@ -163,7 +169,7 @@ def wrong(trained, tmp_path_factory):
     (at / "odd").mkdir()
     shutil.copy(trained[0] / "run/best.pt", at / "odd/last.pt")
     for i in range(4):
-        write_pair(at / "three", f"p{i}", Image.fromarray(BOX * np.uint8(2) if i else BOX + BOX.T[:32, :1]))
+        write_pair(at / "three", f"p{i}", Image.fromarray(BOX * np.uint8(2) + (np.arange(40) < 3)))
     return at
 
 
@@ -270,7 +276,7 @@ def test_a_run_ends_with_one_sentence_but_for_our_own_errors(monkeypatch, error,
 
 WRITERS = {  # all that writes a file
     "checkpoint": lambda path, best: save(path, {"a": torch.zeros(3)}),
-    "log.csv": lambda path, best: write_log([{"epoch": 1, "loss": 1.0, "mIoU_1": 0.5}], path.parent),
+    "log.csv": lambda path, best: write_log([{"epoch": 1, "loss": 1.0, "CE_1": 1, "mIoU_1": 0.5}], {}, path.parent),
     "samples": lambda path, best: draw_samples(load(best), data.open_dataset(best.parents[1] / "photos", "test"), path),
     "network": lambda path, best: export(load(best), path),
 }
