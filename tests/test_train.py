@@ -179,6 +179,7 @@ OUTSIDE = ("--level 5, --level -1, --epochs 0, --batch -1, --passes 0, --width 1
 
 @pytest.mark.parametrize("flags, words", [  # what follows `--data {at}/photos --out {tmp}`, and words of the sentence
     ("--data {tmp}", "holds nothing; it must be one of these"),
+    ("--data {tmp}/absent --out {tmp}/runs/new", "absent: is not a folder"),
     ("--out {at}/run/log.csv", "log.csv: is a file; it must be a folder"),
     ("--resume", "last.pt: no such file; it must be a checkpoint of train.py"),
     ("--out {at}/run --resume --lr 0.1", "--lr 0.1: {at}/run/last.pt has 0.004"),
@@ -268,10 +269,28 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, short, tmp_path, monkeyp
 ])  # fmt: skip
 def test_a_run_ends_with_one_sentence_but_for_our_own_errors(monkeypatch, error, world, status):
     monkeypatch.setattr(processes, "rank_and_world", lambda: (0, world))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as support/terminal.py leaves it
     with pytest.raises(SystemExit if status else type(error)) as ended, processes.one_ending("train.py"):
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
         raise error
     got = ended.value.code if status else None
     assert got == status or got.startswith(status) and "\n" not in got
+
+
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "data.py"])
+def test_ctrl_c_while_torch_loads_shows_no_traceback(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
+    done = process(HERE / script, PYTHONPATH=str(tmp_path))
+    assert done.returncode not in (0, 1) and not done.stderr
+
+
+@pytest.mark.parametrize("world, ending, words", [(1, KeyboardInterrupt, ""), (2, SystemExit, "same torchrun command")])
+def test_a_second_ctrl_c_does_not_wait_but_torchrun_sends_two(monkeypatch, capsys, world, ending, words):
+    monkeypatch.setattr(processes, "rank_and_world", lambda: (0, world))
+    with pytest.raises(ending), processes.Interrupts(torch.device("cpu"), "hands/", "out") as interrupts:
+        signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
+        interrupts.obey("step 1")
+    assert words in capsys.readouterr().err
 
 
 WRITERS = {  # all that writes a file
@@ -299,7 +318,7 @@ def test_a_full_disk_leaves_what_was_there(trained, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such locks")
-def test_a_folder_belongs_to_one_run(trained, photos, tmp_path):
+def test_a_folder_belongs_to_one_run(trained, photos, tmp_path, monkeypatch):
     import fcntl
 
     held = os.open(tmp_path, os.O_RDONLY)
@@ -309,7 +328,12 @@ def test_a_folder_belongs_to_one_run(trained, photos, tmp_path):
         done = run("train.py", "--data", photos, "--out", tmp_path, *resume)
         assert done.stderr.startswith(f"train.py: {tmp_path}: another run is writing there") and done.returncode == 1
     os.close(held)
-    assert run("train.py", "--data", photos, "--out", tmp_path, "--resume").returncode == 0
+    monkeypatch.setattr(fcntl, "flock", raising(OSError(9, "Bad file descriptor")))
+    done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
+    assert "cannot be held against a second run (Bad file" in done.stdout and done.returncode == 0
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (tmp_path / "new").rmdir())  # as the run that held it
+    done = run("train.py", "--data", photos, "--out", tmp_path / "new")
+    assert "new: another run is writing there" in done.stderr and not (tmp_path / "new").exists()
 
 
 def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tmp_path, monkeypatch):
