@@ -219,7 +219,9 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(photos, short, tmp_p
             train.train(c)
         assert read_checkpoint(tmp_path / str(way) / "last.pt")["done"] == done
         if isinstance(way, int):
-            where, again = re.search("after (.*), all is saved; python (.*) goes on", capsys.readouterr().err).groups()
+            words = r"after (.*), all is saved; python (.*) goes on(?:; python (.*) PHOTOS uses what is best so far)?\n"
+            where, again, use = re.search(words, capsys.readouterr().err).groups()
+            assert use == (f"predict.py {tmp_path}/{way}/best.pt" if way > 3 else None)
             assert stopped.value.code == 130 and where == f"step {done} of epoch {way // 4 + 1}"
             assert run(*shlex.split(again)).returncode == 0
         else:
