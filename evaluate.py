@@ -176,9 +176,10 @@ def break_even(curve):
 
 
 def evaluate_split(model, photos):
-    """Over all photos, for every pass: confusion matrices (N, K, K) and, of the foreground, curves (N, 2, 1001)."""
+    """Over all photos, for every pass: confusion matrices (N, K, K), curves of the foreground (N, 2, 1001), and the
+    cross-entropy (N,), its sum over the pixels."""
     model.eval()
-    matrices, curves, (rank, world) = 0, 0, rank_and_world()
+    matrices, curves, entropies, (rank, world) = 0, 0, 0, rank_and_world()
     for i in tqdm(range(rank, len(photos), world), desc="evaluate", leave=False, disable=rank > 0 or None):
         photo, mask = photos.pictures(i)
         truth = torch.from_numpy(np.array(mask, np.int64))
@@ -187,10 +188,22 @@ def evaluate_split(model, photos):
         seen = truth != VOID
         bins = [(truth[seen] == 1) * 1001 + (1000 * p[1][seen]).round().long() for p in masks]
         curves += torch.stack([torch.bincount(b, minlength=2002).view(2, 1001) for b in bins])
-    return tuple(map(sum, zip(*gather_from_processes((matrices, curves)))))
+        right = [p.gather(0, truth.clamp(max=photos.classes - 1)[None])[0][seen] for p in masks]
+        entropies += torch.stack([-p.double().clamp(min=1e-12).log().sum() for p in right])
+    return tuple(map(sum, zip(*gather_from_processes((matrices, curves, entropies)))))
+
+
+def summary(matrices, curves, entropies):
+    """Of the validation photos: the last pass's mIoU, and {column: value} for the log: scores and mean cross-entropy
+    after each pass; of more than two classes also the last pass's IoU of each."""
+    rows = [scores(m) | {"CE": entropy.item() / m.sum().item()} for m, entropy in zip(matrices, entropies)]
+    columns = {f"{name}_{t}": value for t, row in enumerate(rows, 1) for name, value in row.items()}
+    ious = class_ious(matrices[-1]).tolist() if len(matrices[-1]) > 2 else []
+    return rows[-1]["mIoU"], columns | {f"IoU of class {k}": iou for k, iou in enumerate(ious)}
 
 
 def print_table(matrices, curves, title, names):
+    """The scores after each pass; of more than two classes also the last pass's IoU of each."""
     rows = [scores(matrix) for matrix in matrices]
     if len(matrices[0]) == 2:
         rows = [row | {"BEP": break_even(curve)} for row, curve in zip(rows, curves)]
@@ -200,6 +213,8 @@ def print_table(matrices, curves, title, names):
     if len(matrices[0]) > 2:
         ious = [f"{names[k] if names else k} {iou:.4f}" for k, iou in enumerate(class_ious(matrices[-1]).tolist())]
         print("IoU of each class, last pass: " + ", ".join(ious))
+    if not matrices[-1][:, 1:].any():
+        print("The last pass calls every pixel background. More --epochs or a larger --size may find small things.")
 
 
 def draw_samples(model, photos, path, rows=4):
