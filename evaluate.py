@@ -99,18 +99,22 @@ def to_photo(s, photo):
     return F.interpolate(s.float(), photo.size[::-1], mode="bilinear")[0].softmax(0).cpu()
 
 
-def to_classes(s, photo, rows=256):
-    """Logits (1, K, h, w) -> the likeliest class of each pixel, uint8 (H, W): `to_photo`, a strip of rows at a time.
-    The probabilities of a large photo take gigabytes."""
+def in_strips(s, photo, find, rows=256):
+    """Logits (1, K, h, w) -> what `find` makes of the probabilities (K, H, W), uint8 (H, W): `to_photo`, a strip of
+    rows at a time. The probabilities of a large photo take gigabytes."""
     w, h = photo.size
-    s, mask = F.interpolate(s.float(), (s.shape[2], w), mode="bilinear")[0], []
+    s, found = F.interpolate(s.float(), (s.shape[2], w), mode="bilinear")[0], []
     y = ((torch.arange(h, device=s.device) + 0.5) * (s.shape[1] / h) - 0.5).clamp(min=0)
     for at in y.split(rows):
         above = at.long()
         below, part = (above + 1).clamp(max=s.shape[1] - 1), (at - above)[:, None]
-        probabilities = (s[:, above] * (1 - part) + s[:, below] * part).softmax(0)
-        mask.append(probabilities.max(0).indices.byte().cpu())  # several times as fast as argmax
-    return torch.cat(mask).numpy()
+        found.append(find((s[:, above] * (1 - part) + s[:, below] * part).softmax(0)).byte().cpu())
+    return torch.cat(found).numpy()
+
+
+def to_classes(s, photo, rows=256):
+    """Logits (1, K, h, w) -> the likeliest class of each pixel, uint8 (H, W)."""
+    return in_strips(s, photo, lambda p: p.max(0).indices, rows)  # several times as fast as argmax
 
 
 @torch.no_grad()
@@ -124,12 +128,14 @@ def segment(model, photo, every=True, enlarge=to_photo):
 
 @torch.no_grad()
 def segment_frame(model, photo, state, enlarge=to_photo):
-    """One pass over a frame of a video, from the state of the last frame or None: probabilities and the next state."""
-    image = model.to_input(photo)
+    """One pass over a frame of a video, from the state of the last frame: probabilities and the next state. Without a
+    state, or after a frame of another size, the model makes all its passes over this one."""
+    image, passes = model.to_input(photo), 1
     if state is None or state[0].shape[2:] != image.shape[2:]:
-        state = model.net.start(image)
+        state, passes = model.net.start(image), model.passes
     with autocast(image.device):
-        s, state = model.net.step(image, state)
+        for _ in range(passes):
+            s, state = model.net.step(image, state)
     return enlarge(finite(s), photo), state
 
 
