@@ -238,6 +238,8 @@ def recurrent_loss(masks, truth, alpha, pixels=None):
     truth     class ids (B, H, W), int64; VOID does not count
     pixels    divide by this number, where processes share a batch; by default the pixels of truth that count
     """
+    if isinstance(masks, torch.Tensor):
+        raise ValueError(f"masks is a tensor {tuple(masks.shape)}; it must be a list of logits, one for each pass")
     pixels = (truth != VOID).sum() if pixels is None else pixels
     pixels = torch.as_tensor(pixels).clamp(min=1)  # a crop may be void everywhere; its loss is then 0, not 0/0
     losses = [F.cross_entropy(s, truth, ignore_index=VOID, reduction="sum") / pixels for s in masks]
