@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import distributed
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from support.checkpoints import first_line, refuse_taken
 
-fcntl = importlib.import_module("fcntl") if os.name == "posix" else None  # Windows has no such locks
+fcntl = importlib.import_module("fcntl") if os.name == "posix" else None
 held = []  # the descriptor of the folder that this process holds
 
 
@@ -37,20 +37,37 @@ def join():
 
 @contextmanager
 def exclusive(out, resume):
-    """Hold a run's folder against other runs. The system frees it when this process ends, even killed."""
+    """Hold a run's folder against other runs. What is made for it is removed where nothing is written into it."""
     if out.is_file():
         raise ValueError(f"--out {out}: is a file; it must be a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    made = []
     try:
-        if fcntl and rank_and_world()[0] == 0:
-            held.append(os.open(out, os.O_RDONLY))
-            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if rank_and_world()[0] == 0:
+            missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+            out.mkdir(parents=True, exist_ok=True)
+            hold(out)
+            made = missing
         refuse_taken(out, resume)
         yield
-    except BlockingIOError:
-        raise ValueError(f"{out}: another run is writing there; wait for its end, or name another --out") from None
     finally:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()  # OSError where it is not empty
         release()
+
+
+def hold(out):
+    """The system frees a folder when this process ends, even killed. Windows has no such locks."""
+    try:
+        if fcntl:
+            held.append(os.open(out, os.O_RDONLY))
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.stat(out), os.fstat(held[0])):
+                raise FileNotFoundError  # its run has just removed it
+    except (BlockingIOError, FileNotFoundError):
+        raise ValueError(f"{out}: another run is writing there; wait for its end, or name another --out") from None
+    except OSError as error:  # as on a network's disk
+        print_once(f"{out}: cannot be held against a second run ({error.strerror}); start none there")
 
 
 def release():

@@ -181,8 +181,7 @@ FOLDERS = {  # what is done to the folder: words of the error, or None where it 
     "lists: an absent name": (write("val.txt", b"p4\nq9\n"), "images/q9.* and"),
     "lists: a name in train and val": (write("val.txt", b"p4\np0\n"), "val.txt: names p0, which train.txt has already"),
     "lists: a name twice, once with ending": (write("val.txt", b"p4\np4.png\n"), "names p4, which val.txt has"),
-    "lists: one is missing": (delete("val.txt"), "val.txt: missing; the lists for train, val, test come together"),
-    "lists: one is empty": (write("val.txt", b"\n\n"), "has no photos for val; it needs one"),
+    "lists: one is missing": (delete("val.txt"), "(train.txt, val.txt, test.txt): has no photos for val; it needs one"),
     "lists: no text": (write("val.txt", b"\xff\xfe\0p"), "val.txt: is not UTF-8 text"),
     "lists: from Windows, with folders": (write("val.txt", b"\xef\xbb\xbfimages/p4.png\r\n\r\n"), None),
 }
@@ -226,6 +225,15 @@ def test_check_counts_notes_what_a_user_may_not_expect_and_lists_every_problem(f
     assert done.returncode == 1 and all(f"p{i}" in done.stdout for i in range(3)) and "\n3 problems" in done.stdout
     with pytest.raises(ValueError, match="\n2 more such lines: python data.py --check"):
         open_dataset(folder, "train")
+
+
+def test_one_split_is_surveyed_alone_and_may_lack_a_class(folder):
+    delete("masks/p0.png")(folder)  # of train
+    classes_of = lambda classes: survey(folder, splits=["test"], classes=classes).classes
+    assert survey(folder, splits=["test"]).problems == [] != survey(folder).problems
+    assert (classes_of(2), classes_of(3)) == (2, 3) and survey(folder, splits=["test"]).white
+    remask_all(lambda i: BOX * 2 + (np.arange(40) < 3))(folder)
+    assert (classes_of(2), classes_of(5)) == (3, 5)
 
 
 @pytest.mark.parametrize("change", [

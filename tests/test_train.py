@@ -27,9 +27,9 @@ import data
 import train
 from evaluate import draw_samples, evaluate_split, load
 from paper import baselines
-from rurnet import PlainUNet, RecurrentUNet
+from rurnet import PlainUNet, RecurrentUNet, recurrent_loss
 from support import processes, runtime
-from support.checkpoints import read_checkpoint, save, write_log
+from support.checkpoints import FILES, read_checkpoint, save, write_log
 from support.export import export
 from train import Config, parse
 
@@ -61,7 +61,7 @@ def at_step(monkeypatch, k, change):
 
 def test_a_run_leaves_what_readme_promises_and_evaluate_prints_its_table_again(trained, photos, tmp_path):
     at, printed = trained
-    assert {p.name for p in (at / "run").iterdir()} == {"best.pt", "last.pt", "log.csv", "curves.png", "samples.png"}
+    assert {p.name for p in (at / "run").iterdir()} == {*FILES}
     assert "seeded split" in printed and re.search(r"epoch +2/2  loss [\d.]+  val mIoU [\d.]+", printed)
     head, *rows = printed.splitlines()[-4:]
     assert head.split() == ["pass", "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1", "BEP"]
@@ -73,6 +73,13 @@ def test_a_run_leaves_what_readme_promises_and_evaluate_prints_its_table_again(t
     table = lambda *flags: run("train.py", "--data", photos, "--evaluate", path, *flags).stdout.splitlines()[3:]
     five, two = table("--passes", 5), table("--views", 2)
     assert table() == rows == five[:3] and len(five) == 5 and (tmp_path / "samples.png").exists()
+    for name, photo, mask, _ in data.open_dataset(photos, "test").pairs:  # the test split alone will do
+        for file in photo, mask:
+            (tmp_path / "alone" / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "alone" / file.parent.name)
+        with open(tmp_path / "alone/test.txt", "a") as names:
+            names.write(f"{name}\n")
+    assert table("--data", tmp_path / "alone") == rows
     (tmp_path / "samples.png").write_bytes(b"mine")
     assert table() == rows and (tmp_path / "samples.png").read_bytes() == b"mine"
     assert len(two) == 3 and two != rows
@@ -89,15 +96,14 @@ def test_a_seed_decides_the_weights_and_a_checkpoint_describes_its_network(photo
 
 
 def test_what_a_checkpoint_holds(photos, short, tmp_path, monkeypatch):
-    """Of a network of one's own, trained with --recompute for two epochs, of which the first scores better."""
-    net, weights, losses, ious = RecurrentUNet(width=2, hidden=3, level=1), [], [], iter([0.9] * 3 + [0.5] * 3)
-    loss, recomputed = train.recurrent_loss, []
-    monkeypatch.setattr(train, "recurrent_loss", lambda *a: losses.append(loss(*a)) or losses[-1])
-    monkeypatch.setattr(train, "scores", lambda matrix: {"mIoU": next(ious)})
+    """Of a network and a loss of one's own, with --recompute, after two epochs, of which the first scores better."""
+    net, weights, losses, recomputed = RecurrentUNet(width=2, hidden=3, level=1), [], [], []
+    ious, criterion = iter([0.9, 0.5]), lambda *a: losses.append(recurrent_loss(*a)) or losses[-1]
+    monkeypatch.setattr(train, "summary", lambda *_: (next(ious), {"CE_1": 1, "mIoU_1": 1}))
     monkeypatch.setattr(train, "Recomputed", lambda net: recomputed.append(net) or runtime.Recomputed(net))
     hook = register_optimizer_step_post_hook(lambda *_: weights.append([p.detach().clone() for p in net.parameters()]))
     c = tiny(photos, tmp_path, batch=7, recompute=1)
-    train.train(c, net, data.survey(photos))
+    train.train(c, net, data.survey(photos), criterion)
     hook.remove()
     assert recomputed == [net]
     losses = [sum(losses[:3]).item() / 3, sum(losses[3:]).item() / 3]
@@ -163,7 +169,7 @@ def wrong(trained, tmp_path_factory):
     (at / "odd").mkdir()
     shutil.copy(trained[0] / "run/best.pt", at / "odd/last.pt")
     for i in range(4):
-        write_pair(at / "three", f"p{i}", Image.fromarray(BOX * np.uint8(2) if i else BOX + BOX.T[:32, :1]))
+        write_pair(at / "three", f"p{i}", Image.fromarray(BOX * np.uint8(2) + (np.arange(40) < 3)))
     return at
 
 
@@ -173,6 +179,7 @@ OUTSIDE = ("--level 5, --level -1, --epochs 0, --batch -1, --passes 0, --width 1
 
 @pytest.mark.parametrize("flags, words", [  # what follows `--data {at}/photos --out {tmp}`, and words of the sentence
     ("--data {tmp}", "holds nothing; it must be one of these"),
+    ("--data {tmp}/absent --out {tmp}/runs/new", "absent: is not a folder"),
     ("--out {at}/run/log.csv", "log.csv: is a file; it must be a folder"),
     ("--resume", "last.pt: no such file; it must be a checkpoint of train.py"),
     ("--out {at}/run --resume --lr 0.1", "--lr 0.1: {at}/run/last.pt has 0.004"),
@@ -262,15 +269,33 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, short, tmp_path, monkeyp
 ])  # fmt: skip
 def test_a_run_ends_with_one_sentence_but_for_our_own_errors(monkeypatch, error, world, status):
     monkeypatch.setattr(processes, "rank_and_world", lambda: (0, world))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as support/terminal.py leaves it
     with pytest.raises(SystemExit if status else type(error)) as ended, processes.one_ending("train.py"):
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
         raise error
     got = ended.value.code if status else None
     assert got == status or got.startswith(status) and "\n" not in got
 
 
+@pytest.mark.parametrize("script", ["train.py", "predict.py", "data.py"])
+def test_ctrl_c_while_torch_loads_shows_no_traceback(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
+    done = process(HERE / script, PYTHONPATH=str(tmp_path))
+    assert done.returncode not in (0, 1) and not done.stderr
+
+
+@pytest.mark.parametrize("world, ending, words", [(1, KeyboardInterrupt, ""), (2, SystemExit, "same torchrun command")])
+def test_a_second_ctrl_c_does_not_wait_but_torchrun_sends_two(monkeypatch, capsys, world, ending, words):
+    monkeypatch.setattr(processes, "rank_and_world", lambda: (0, world))
+    with pytest.raises(ending), processes.Interrupts(torch.device("cpu"), "hands/", "out") as interrupts:
+        signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
+        interrupts.obey("step 1")
+    assert words in capsys.readouterr().err
+
+
 WRITERS = {  # all that writes a file
     "checkpoint": lambda path, best: save(path, {"a": torch.zeros(3)}),
-    "log.csv": lambda path, best: write_log([{"epoch": 1, "loss": 1.0, "mIoU_1": 0.5}], path.parent),
+    "log.csv": lambda path, best: write_log([{"epoch": 1, "loss": 1.0, "CE_1": 1, "mIoU_1": 0.5}], {}, path.parent),
     "samples": lambda path, best: draw_samples(load(best), data.open_dataset(best.parents[1] / "photos", "test"), path),
     "network": lambda path, best: export(load(best), path),
 }
@@ -293,7 +318,7 @@ def test_a_full_disk_leaves_what_was_there(trained, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such locks")
-def test_a_folder_belongs_to_one_run(trained, photos, tmp_path):
+def test_a_folder_belongs_to_one_run(trained, photos, tmp_path, monkeypatch):
     import fcntl
 
     held = os.open(tmp_path, os.O_RDONLY)
@@ -303,7 +328,12 @@ def test_a_folder_belongs_to_one_run(trained, photos, tmp_path):
         done = run("train.py", "--data", photos, "--out", tmp_path, *resume)
         assert done.stderr.startswith(f"train.py: {tmp_path}: another run is writing there") and done.returncode == 1
     os.close(held)
-    assert run("train.py", "--data", photos, "--out", tmp_path, "--resume").returncode == 0
+    monkeypatch.setattr(fcntl, "flock", raising(OSError(9, "Bad file descriptor")))
+    done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
+    assert "cannot be held against a second run (Bad file" in done.stdout and done.returncode == 0
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (tmp_path / "new").rmdir())  # as the run that held it
+    done = run("train.py", "--data", photos, "--out", tmp_path / "new")
+    assert "new: another run is writing there" in done.stderr and not (tmp_path / "new").exists()
 
 
 def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tmp_path, monkeypatch):
