@@ -82,7 +82,7 @@ def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
         monkeypatch.setattr(shutil, "which", lambda name, at=sanitizer: at)
         gpu.spend_gpu_hour(tmp_path)
     text = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
-    assert list(dict.fromkeys(ran)) == ["device", "tests", "gate or norm or unit or network", "memcheck", "profile",
+    assert list(dict.fromkeys(ran)) == ["device", "tests", "gate or norm or network", "memcheck", "profile",
                                         "kernels", "network", "training", "edges_of_a_block and reset"]  # fmt: skip
     assert all(part.endswith(" s\n") and "status 0" in part for part in text.values()) and len(text) == len(gpu.STEPS)
     assert text["profile"].count("kernels\n") == 16 and text["profile"].count("conv") == 160
