@@ -96,7 +96,8 @@ def train_and_test(run, root):
     names = "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1"
     return dict(
         data=run.data, system=run.system, seed=run.seed,
-        commit=commit(), parameters=sum(p.numel() for p in model.parameters()), steps=c.epochs * (n * -(-400 // n) // c.batch),
+        commit=commit(), parameters=sum(p.numel() for p in model.parameters()),
+        steps=c.epochs * (n * -(-400 // n) // c.batch),
         minutes=f"{sum(row['seconds'] for row in log) / 60:.1f}", val_mIoU=f"{best:.4f}",
         **{name: " ".join(f"{row[name]:.4f}" for row in tested if name in row) for name in names},
     )  # fmt: skip

@@ -352,14 +352,14 @@ def test_a_system_a_loss_and_an_augmentation_are_changed_in_one_place_each(train
     assert text.count(end) == 1
     (tmp_path / "data.py").write_text(text.replace(end, f"    {line}\n{end}"))
     (tmp_path / "mine.py").write_text(loss)
-    flags = "--data", trained[0] / "photos", "--out", tmp_path / "run", "--model", "forgetful", "--size", 16, "--epochs", 1
-    evaluate = "train.py", "--data", trained[0] / "photos", "--evaluate", tmp_path / "run/best.pt"
-    for command in ("mine.py", *flags), evaluate, ("-m", "pytest", "-q", "tests/test_paper.py", "-k", "forgetful"):
+    data, flags = ("--data", trained[0] / "photos"), ("--model", "forgetful", "--size", 16, "--epochs", 1)
+    learn, evaluate = ("mine.py", *data, "--out", "run", *flags), ("train.py", *data, "--evaluate", "run/best.pt")
+    for command in learn, evaluate, ("-m", "pytest", "-q", "tests/test_paper.py", "-k", "forgetful"):
         done = process(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout  # it has passes, learns, takes any size
 
 
 def test_a_network_that_returns_a_tensor_gets_one_sentence():
-    with pytest.raises(ValueError, match=r"masks is a tensor \(2, 3, 8, 8\); it must be a list of logits, one for each"):
+    with pytest.raises(ValueError, match=r"masks is a tensor \(2, 3, 8, 8\); it must be a list of logits"):
         recurrent_loss(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long), 0.4)
