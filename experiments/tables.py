@@ -8,6 +8,7 @@ import csv
 import re
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -150,6 +151,16 @@ def norm_table():
     return markdown(["", *norms], lines)
 
 
+def trial_table(trial):
+    """A row for each way, a pair of columns for each set: validation, by which one chooses, and test."""
+    rows = [row for row in read_rows("trials.csv") if row["trial"] == trial and row["way"] != "its base"]
+    sets, ways = (list(dict.fromkeys(row[name] for row in rows)) for name in ("data", "way"))
+    of = lambda data, way, name: [float(r[name]) for r in rows if (r["data"], r["way"]) == (data, way)]
+    cells = lambda data, way: (mean_of(of(data, way, "val_IoU")), spread(of(data, way, "IoU")))
+    heads = [head for data in sets for head in (f"{data}, validation", f"{data}, test")]
+    return markdown(["IoU", *heads], [[way, *(cell for data in sets for cell in cells(data, way))] for way in ways])
+
+
 # ---------------------------------------------------------------- speed
 
 
@@ -207,6 +218,7 @@ def traffic_table():
 MAKERS = (finding_table, evidence_table, looking_table, changes_table, passes_table, alpha_table,
           norm_table, systems_table, infer_table, train_table, video_table, traffic_table)  # fmt: skip
 MAKE = {maker.__name__.removesuffix("_table"): maker for maker in MAKERS}
+MAKE |= {trial: partial(trial_table, trial) for trial in ("rare", "start", "longer")}
 
 
 def fill_tables(text):

@@ -35,7 +35,7 @@ COLUMNS = "trial", "data", "way", "seed", "commit", "val_IoU", "IoU", "precision
 
 def weighted(masks, truth, alpha, pixels, foreground):
     """Cross-entropy in which a pixel of the foreground counts several times, over passes as in eq. (7)."""
-    weight = torch.tensor([1.0, foreground])
+    weight = masks[0].new_tensor([1.0, foreground])
     losses = [F.cross_entropy(s, truth, weight, ignore_index=VOID, reduction="sum") / pixels for s in masks]
     return sum(alpha ** (len(masks) - t) * loss for t, loss in enumerate(losses, 1))
 

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import re
 import shutil
 import sys
@@ -20,10 +21,11 @@ import gates_triton
 import train
 from data import open_dataset
 from evaluate import evaluate_split, load
-from experiments import ablations, bench, evidence, figures, gpu, tables, video
-from rurnet import RecurrentUNet
+from experiments import ablations, bench, compare, evidence, figures, gpu, tables, trials, video
+from rurnet import RecurrentUNet, recurrent_loss
+from support.checkpoints import read_checkpoint
 
-SCRIPTS |= {f"experiments.{m.__name__.split('.')[1]}": m for m in (ablations, evidence, figures, tables, video)}
+SCRIPTS |= {m.__name__: m for m in (ablations, compare, evidence, figures, tables, trials, video)}
 
 
 def test_no_two_functions_have_one_name():
@@ -187,6 +189,33 @@ def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypa
     assert relu["steps"] == plain["steps"] == "20"  # 6 photos, 67 times, 20 a step
     (matrix,), *_ = evaluate_split(load("runs/evidence/unet-g/best.pt"), open_dataset(at / "photos", "test"))
     assert plain["IoU"] == f"{matrix[1, 1] / (matrix.sum() - matrix[0, 0]):.4f}"
+
+
+def test_losses_for_few_pixels_equal_their_definitions():
+    masks, truth = list(torch.randn(2, 3, 2, 5, 6).double()), torch.randint(2, (3, 5, 6))
+    truth[0, 0] = 255
+    weighted, dice, plain = 0, 0, recurrent_loss(masks, truth, 0.4)
+    for s, weight in zip(masks, (0.4, 1)):
+        p, seen = s.exp()[:, 1] / s.exp().sum(1), truth != 255
+        entropy = -torch.where(truth == 1, 4 * p.log(), (1 - p).log())[seen].sum() / seen.sum()
+        overlap = (2 * p[truth == 1].sum() + 1) / (p[seen].sum() + (truth == 1).sum() + 1)
+        weighted, dice = weighted + weight * entropy, dice + weight * (1 - overlap)
+    few = trials.LOSSES["foreground counts 4 times"], trials.LOSSES["Dice beside it"]
+    got = [loss(masks, truth, 0.4, (truth != 255).sum()) for loss in few]
+    torch.testing.assert_close(got, [weighted, plain + dice])
+
+
+def test_runs_are_compared(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(at := trained[0] / "run", "other")
+    config = json.loads((at / "config.json").read_text())
+    Path("other/config.json").write_text(json.dumps(config | {"lr": 0.1}))
+    done = run("experiments.compare", at, "other")
+    best = max(row["mIoU_3"] for row in read_checkpoint(at / "last.pt")["log"])
+    assert done.stdout.splitlines()[1].startswith(f"other: mIoU {best:.4f} at epoch ") and "lr 0.1" in done.stdout
+    assert "alpha" not in done.stdout and Image.open("compare.png").width == 900
+    (tmp_path / "other/log.csv").write_text("epoch")
+    assert "other: must hold config.json and log.csv of a run" in run("experiments.compare", "other").stderr
 
 
 def test_a_watched_video_is_scored_as_photos_are(trained, monkeypatch):
