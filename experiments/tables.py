@@ -92,40 +92,6 @@ def looking_table():
     return markdown(["", *columns], lines)
 
 
-def longer_table():
-    """Single runs: DRU(4) after each pass; the plain U-Net after as many steps, and after three times as many."""
-    lines, rows = [], read_rows("runs.csv")
-    for folder, name in zip(("DRIVE/", "hgr/", "roads/", "CamVid/"), NAMED.values()):
-        cells = {}  # {(is it a U-Net, epochs): scores after each pass}
-        for row in rows:
-            if f"--data {folder}" in row["command"]:
-                epochs = re.search(r"--epochs (\d+)", row["command"])
-                key = "unet-g" in row["command"], int(epochs[1]) if epochs else 30
-                cells.setdefault(key, []).append(f"{float(row[name.split()[-1]]):.3f}")
-        epochs = min((n for plain, n in cells if not plain), default=0)
-        plain = [cells.get((True, n * epochs), ["awaited"])[0] for n in (1, 3)]
-        lines.append([name, *cells.get((False, epochs), ["awaited"] * 3), *plain])
-    return markdown(["", "DRU(4), pass 1", "pass 2", "pass 3", "U-Net-G", "U-Net-G, 3 x steps"], lines)
-
-
-def passes_table():
-    """Means after 1 to 5 test passes, by the number of passes in training."""
-    heads, lines = [f"{NAMED[data]}, {t} in the test" if t == 1 else t for data in ABLATED for t in range(1, 6)], []
-    for n in range(1, 6):
-        system = "DRU(4)" if n == 3 else f"N = {n}"
-        lines.append([n, *(mean_of(scores_of(data, system, t)) for data in ABLATED for t in range(1, 6))])
-    return markdown(["passes in training", *heads], lines)
-
-
-def alpha_table():
-    lines = []
-    for name, system in ("0.4", "DRU(4)"), ("0.7", "alpha = 0.7"), ("1", "alpha = 1"):
-        lines.append([name, *(spread(scores_of(data, system, t)) for data in ABLATED for t in (1, 3))])
-    once = [spread(scores_of(data, "N = 1", 1)) for data in ABLATED]
-    lines.append(["trained for one pass", once[0], "", once[1], ""])
-    return markdown(["alpha", *(f"{NAMED[data]}, pass {t}" for data in ABLATED for t in (1, 3))], lines)
-
-
 def changes_table():
     systems = {
         "nothing": "DRU(4)", **{f"level l = {level}": f"l = {level}" for level in (3, 2, 1)}, "level l = 0": "DRU(0)",
@@ -138,17 +104,6 @@ def changes_table():
     scored = [[spread(scores_of(data, system)) for data in ABLATED] for system in systems.values()]
     lines = [[name, parameters_of(system), *line] for (name, system), line in zip(systems.items(), scored)]
     return markdown(["what changes in DRU(4)", "parameters", *(NAMED[data] for data in ABLATED)], lines)
-
-
-def norm_table():
-    sets = {"hands": "toy set: `hands/ 84 84`", "hgr": "HGR: `hgr/ 84 84`", "DRIVE": "DRIVE: `DRIVE/ 565 112`",
-            "roads": "roads: `roads/ 400 112`"}  # fmt: skip
-    found = {}
-    for data, norm, _, iou in csv.reader(read_result("norm.csv")):
-        found.setdefault((data, norm), []).append(float(iou))
-    norms = dict.fromkeys(norm for _, norm in found)
-    lines = [[title, *(spread(found.get((data, norm), [])) for norm in norms)] for data, title in sets.items() if norms]
-    return markdown(["", *norms], lines)
 
 
 def trial_table(trial):
@@ -215,8 +170,8 @@ def traffic_table():
     return "\n".join(["```text", *(read_result("traffic.txt") or ["awaited"]), "```"])
 
 
-MAKERS = (finding_table, evidence_table, looking_table, changes_table, passes_table, alpha_table,
-          norm_table, systems_table, infer_table, train_table, video_table, traffic_table)  # fmt: skip
+MAKERS = (finding_table, evidence_table, looking_table, changes_table, systems_table, infer_table, train_table,
+          video_table, traffic_table)  # fmt: skip
 MAKE = {maker.__name__.removesuffix("_table"): maker for maker in MAKERS}
 MAKE |= {trial: partial(trial_table, trial) for trial in ("rare", "start", "longer")}
 
