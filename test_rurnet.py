@@ -48,8 +48,6 @@ def seed_of_zero():
 
 
 # ---------------------------------------------------------------- 1. the equations, in float64
-
-
 @law
 @given(shape=st.tuples(*[st.integers(1, n) for n in (2, 5, 7, 33)]), seed=seeds)
 def test_gates_equal_their_equations(shape, seed):
@@ -157,8 +155,6 @@ def test_loss_equals_its_equation(passes, alpha, seed):
 
 
 # ---------------------------------------------------------------- 2. the laws
-
-
 def test_parameter_counts():
     count = lambda net: sum(parameter.numel() for parameter in net.parameters())
     dru, sru = ([count(RecurrentUNet(2, unit, level)) for level in range(5)] for unit in ("dru", "sru"))
@@ -267,7 +263,6 @@ def test_copies_work_alone_and_in_a_package_and_without_triton(tmp_path):
 
 
 # ---------------------------------------------------------------- 3. the kernels: the gates
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.backends.cudnn.allow_tf32 = False  # its rounding is larger than these tolerances
 needs_triton = pytest.mark.skipif(gates_triton.triton is None, reason="triton is not installed")
@@ -503,8 +498,6 @@ def test_a_gradient_that_nobody_needs_gets_no_memory(fused, plain, monkeypatch):
 
 
 # ---------------------------------------------------------------- 3. the kernels: the norm
-
-
 @needs_triton
 @law
 @given(
@@ -579,8 +572,6 @@ def test_a_norms_grid_has_one_axis_and_few_parts(shape, kernels, monkeypatch):
 
 
 # ---------------------------------------------------------------- 3. the kernels: units and networks
-
-
 def test_a_fused_network_is_the_network():
     plain, fused = (RecurrentUNet(level=3, width=2, hidden=4).to(DEVICE) for _ in range(2))
     fused.load_state_dict(plain.state_dict())

@@ -465,8 +465,6 @@ def test_a_process_that_dies_ends_the_others_and_what_they_leave_can_be_resumed(
 
 
 # ---------------------------------------------------------------- support/runtime.py
-
-
 @pytest.mark.parametrize("unit", ["dru", "sru"])
 def test_recomputing_changes_neither_masks_nor_gradients_but_what_is_kept(unit):
     net, image = RecurrentUNet(unit=unit).double(), torch.randn(2, 3, 33, 18, dtype=torch.float64)
