@@ -109,8 +109,6 @@ def captured(calls):
 
 
 # ---------------------------------------------------------------- the steps of --gpu
-
-
 def describe_device():
     print(sys.version, torch.__version__, torch.version.cuda, torch.backends.cudnn.version())
     print(cuda.get_device_properties(DEVICE))

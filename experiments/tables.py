@@ -117,8 +117,6 @@ def trial_table(trial):
 
 
 # ---------------------------------------------------------------- speed
-
-
 def read_systems():
     """What bench --table printed: name, parameters, GFLOP, ms, low, "to", high, frames/s, MB."""
     return [words for words in map(str.split, read_result("table.txt")[3:]) if len(words) == 9]

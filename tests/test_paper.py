@@ -19,8 +19,6 @@ from rurnet import recurrent_loss
 from support.pictures import SPLITS
 
 # ---------------------------------------------------------------- datasets: a small one of each kind
-
-
 def save_pair(root, photo, mask, picture=blob()[0], labels=blob()[1], **how):
     for name, content in (photo, picture), (mask, labels):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +168,6 @@ def test_a_broken_dataset_says_what_is_wrong(make, file, content, words, tmp_pat
 
 
 # ---------------------------------------------------------------- baselines: every system
-
 VGG, RESNET50, RESNET101 = ((), 14_714_688), ((3, 4, 6, 3), 23_508_032), ((3, 4, 23, 3), 42_500_160)
 DEEP = {  # depths of the encoder, and torchvision's number of its parameters without the classifier
     "unet-vgg16": VGG, "dru-vgg16": VGG, "unet-resnet50": RESNET50, "dru-resnet50": RESNET50,
@@ -233,8 +230,6 @@ def test_recurrent_baselines_equal_their_equations():
 
 
 # ---------------------------------------------------------------- baselines: encoders trained elsewhere
-
-
 def vgg16_by_hand(p, x):
     skips = []
     for block in (0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28):
@@ -322,8 +317,6 @@ def test_an_unknown_system_option_or_weights_file_is_refused(tmp_path, monkeypat
 
 
 # ---------------------------------------------------------------- what a reader changes, as paper/README.md shows it
-
-
 TEXT = (HERE / "paper/README.md").read_text(encoding="utf-8")
 PAGE = [*re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S), re.search("before its `return`: `(.+)`", TEXT)[1]]
 
