@@ -455,15 +455,6 @@ def test_a_killed_run_can_always_be_resumed(trained, photos, tmp_path):
     assert alike(out, trained[0] / "run")
 
 
-def test_a_process_that_dies_ends_the_others_and_what_they_leave_can_be_resumed(trained, photos, tmp_path):
-    began = time.time()
-    done = torchrun("--data", photos, "--out", tmp_path, *TINY, DIES="1")
-    assert done.returncode != 0 and "rank      : 1" in done.stderr and "SIGKILL" in done.stderr
-    assert time.time() - began < 100 and not (tmp_path / "log.csv").exists()
-    train.train(tiny(photos, tmp_path, resume=True))
-    assert alike(tmp_path, trained[0] / "run")
-
-
 # ---------------------------------------------------------------- support/runtime.py
 @pytest.mark.parametrize("unit", ["dru", "sru"])
 def test_recomputing_changes_neither_masks_nor_gradients_but_what_is_kept(unit):
