@@ -63,7 +63,7 @@ class Config:
     seed: int = knob(0, "of weights, order and augmentation", (0, 10**9))
     workers: int = knob(-1, "processes that load photos; -1: none on a CPU, 4 for a GPU", (0, 256))
     start: str = knob("", "checkpoint whose weights a new run begins with")
-    resume: bool = knob(False, "go on from last.pt in --out")
+    resume: bool = knob(False, "go on from last.pt in --out; with other settings, --start it in a new run")
     evaluate: str = knob("", "print the table of this checkpoint; train nothing")
 
     def __post_init__(self):
@@ -101,8 +101,7 @@ def parse(argv=None):
         fixed -= {"size", "passes", "views", "void"}
     for name in sorted(fixed & typed.keys()):
         if typed[name] != saved[name]:
-            again = "leave it out, or begin a new run" + f" with its weights: --start {path}" * c.resume
-            raise ValueError(f"--{name} {typed[name]}: {path} has {saved[name]}; {again}")
+            raise ValueError(f"--{name} {typed[name]}: {path} has {saved[name]}; leave it out, or begin a new run")
     return Config(**saved | {"out": c.out} | typed)
 
 
@@ -208,7 +207,8 @@ def learn(c, net, folder, criterion, device, out, rank, world):
                 write_log(log, asdict(c), out)
             save_as("last.pt", everything)
             reached = f"loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}  {seconds:.1f} s"
-            processes.print_once(f"epoch {epoch:3}/{c.epochs}  {reached}, {(c.epochs - epoch) * seconds / 60:.0f} min left")
+            left = f"{(c.epochs - epoch) * seconds / 60:.0f} min left"
+            processes.print_once(f"epoch {epoch:3}/{c.epochs}  {reached}, {left}")
             interrupts.obey(f"epoch {epoch}")
 
 

@@ -181,7 +181,7 @@ OUTSIDE = ("--level 5, --level -1, --epochs 0, --batch -1, --passes 0, --width 1
     ("--data {tmp}/absent --out {tmp}/runs/new", "absent: is not a folder"),
     ("--out {at}/run/log.csv", "log.csv: is a file; it must be a folder"),
     ("--resume", "last.pt: no such file; it must be a checkpoint of train.py"),
-    ("--out {at}/run --resume --lr 0.1", "0.1: {at}/run/last.pt has 0.004; leave it out, or begin a new run with its"),
+    ("--out {at}/run --resume --lr 0.1", "--lr 0.1: {at}/run/last.pt has 0.004"),
     ("--start {at}/run/best.pt --resume", "choose one"),
     ("--start {at}/run/best.pt --level 3", "--level 3: {at}/run/best.pt has 4"),
     ("--evaluate {at}/run", "run: is not a checkpoint"),
