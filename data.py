@@ -62,12 +62,11 @@ def lists(root):
 
 def folders(root):
     """train/, val/, test/ with images/ and masks/ in each"""
-    if not all((root / split / kind).is_dir() for split in SPLITS for kind in ("images", "masks")):
-        return None
     found = Found("train/, val/, test/")
     for split in SPLITS:
-        pair_up(found, split, root / split)
-    return found
+        if (root / split).is_dir() and has(root / split, "images", "masks"):
+            pair_up(found, split, root / split)
+    return found if any(found.pairs.values()) else None
 
 
 def seeded(root):
@@ -87,8 +86,8 @@ def seeded(root):
 LAYOUTS = [lists, folders, seeded, *datasets.LAYOUTS]
 
 
-def find_pairs(root):
-    """Recognise the layout. A broken pair becomes a problem; an unknown folder raises ValueError."""
+def find_pairs(root, splits):
+    """The pairs of these splits. A broken one becomes a problem; an unknown folder raises ValueError."""
     if not root.is_dir():
         raise ValueError(f"{root}: is not a folder; `python data.py {root}` would draw the toy set there")
     fits = {layout.__name__: found for layout in LAYOUTS if (found := layout(root))}
@@ -99,8 +98,11 @@ def find_pairs(root):
         known = "\n".join(f"  {layout.__name__:14} {layout.__doc__}" for layout in LAYOUTS)
         raise ValueError(f"{root}: holds {here}; it must be one of these:\n{known}")
     (found,) = fits.values()
-    empty = [f"{root}: has no photos for {split}; it needs one" for split in SPLITS if not found.pairs[split]]
-    found.problems = [*dict.fromkeys(found.problems + empty)]  # a file in the way of every split is one problem
+    found.pairs = {split: pairs if split in splits else [] for split, pairs in found.pairs.items()}
+    for split in splits:
+        empty = [f"{root} ({found.layout}): has no photos for {split}; it needs one"] * (not found.pairs[split])
+        found.problems += found.incomplete[split] or empty
+    found.problems = [*dict.fromkeys(found.problems)]  # a file in the way of every split is one problem
     return found
 
 
@@ -129,9 +131,10 @@ class Survey(Found):
         return set(np.flatnonzero(self.counts[photo]).tolist())
 
 
-def survey(root, void=VOID):
-    """Inspect a folder. `void` is the class id that neither trains nor counts, besides 255."""
-    found = Survey(**vars(find_pairs(Path(root))), root=Path(root), void=void)
+def survey(root, void=VOID, splits=SPLITS, classes=None):
+    """Inspect a folder. `void` is the class id that neither trains nor counts, besides 255. `classes` is how many
+    there are, where the masks of these splits may not show all of them."""
+    found = Survey(**vars(find_pairs(Path(root), splits)), root=Path(root), void=void)
     pairs, notes = sum(found.pairs.values(), []), Counter()
     with ThreadPoolExecutor() as pool:  # Pillow decodes in parallel
         for (_, photo, *_), seen in zip(pairs, [pool.submit(inspect_pair, *pair) for pair in pairs]):
@@ -146,7 +149,8 @@ def survey(root, void=VOID):
         if void != VOID:
             found.problems.append(f"--void {void}: {found.layout} has void pixels of its own; leave --void out")
     else:
-        find_classes(found, {mask: found.values(photo) for _, photo, mask, _ in pairs if photo in found.counts})
+        held = {mask: found.values(photo) for _, photo, mask, _ in pairs if photo in found.counts}
+        find_classes(found, held, classes)
     ignored = set() if found.white else {VOID} if found.names else {void, VOID}
     for split, pairs in found.pairs.items():
         held = [found.values(photo) for _, photo, *_ in pairs if photo in found.counts]
@@ -186,12 +190,13 @@ def differences(before, now):
     return f"{shown}, {len(names)} in all" if names else "only their order"
 
 
-def find_classes(found, held):
+def find_classes(found, held, classes):
     """From {mask: its values}: which are class ids, how many classes there are, and which masks disagree."""
     union = set().union(*held.values())
-    found.white = union == {0, 255} and found.void == VOID
+    found.white = union == {0, 255} and found.void == VOID and classes in (None, 2)
     ids = {0, 1} if found.white else union - {found.void, VOID}
-    found.classes = next((k for k in range(201) if k not in ids), 201)  # 201 to 254 are noise around white
+    own = next((k for k in range(201) if k not in ids), 201)  # 201 to 254 are noise around white
+    found.classes = classes if classes and ids <= set(range(classes)) else own
     for mask, values in held.items():
         if ids & values - set(range(found.classes)):
             shown = ", ".join(map(str, sorted(values)[:5])) + ", ..." * (len(values) > 5)

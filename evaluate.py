@@ -99,18 +99,22 @@ def to_photo(s, photo):
     return F.interpolate(s.float(), photo.size[::-1], mode="bilinear")[0].softmax(0).cpu()
 
 
-def to_classes(s, photo, rows=256):
-    """Logits (1, K, h, w) -> the likeliest class of each pixel, uint8 (H, W): `to_photo`, a strip of rows at a time.
-    The probabilities of a large photo take gigabytes."""
+def in_strips(s, photo, find, rows=256):
+    """Logits (1, K, h, w) -> what `find` makes of the probabilities (K, H, W), uint8 (H, W): `to_photo`, a strip of
+    rows at a time. The probabilities of a large photo take gigabytes."""
     w, h = photo.size
-    s, mask = F.interpolate(s.float(), (s.shape[2], w), mode="bilinear")[0], []
+    s, found = F.interpolate(s.float(), (s.shape[2], w), mode="bilinear")[0], []
     y = ((torch.arange(h, device=s.device) + 0.5) * (s.shape[1] / h) - 0.5).clamp(min=0)
     for at in y.split(rows):
         above = at.long()
         below, part = (above + 1).clamp(max=s.shape[1] - 1), (at - above)[:, None]
-        probabilities = (s[:, above] * (1 - part) + s[:, below] * part).softmax(0)
-        mask.append(probabilities.max(0).indices.byte().cpu())  # several times as fast as argmax
-    return torch.cat(mask).numpy()
+        found.append(find((s[:, above] * (1 - part) + s[:, below] * part).softmax(0)).byte().cpu())
+    return torch.cat(found).numpy()
+
+
+def to_classes(s, photo, rows=256):
+    """Logits (1, K, h, w) -> the likeliest class of each pixel, uint8 (H, W)."""
+    return in_strips(s, photo, lambda p: p.max(0).indices, rows)  # several times as fast as argmax
 
 
 @torch.no_grad()
@@ -124,12 +128,14 @@ def segment(model, photo, every=True, enlarge=to_photo):
 
 @torch.no_grad()
 def segment_frame(model, photo, state, enlarge=to_photo):
-    """One pass over a frame of a video, from the state of the last frame or None: probabilities and the next state."""
-    image = model.to_input(photo)
+    """One pass over a frame of a video, from the state of the last frame: probabilities and the next state. Without a
+    state, or after a frame of another size, the model makes all its passes over this one."""
+    image, passes = model.to_input(photo), 1
     if state is None or state[0].shape[2:] != image.shape[2:]:
-        state = model.net.start(image)
+        state, passes = model.net.start(image), model.passes
     with autocast(image.device):
-        s, state = model.net.step(image, state)
+        for _ in range(passes):
+            s, state = model.net.step(image, state)
     return enlarge(finite(s), photo), state
 
 
@@ -170,9 +176,10 @@ def break_even(curve):
 
 
 def evaluate_split(model, photos):
-    """Over all photos, for every pass: confusion matrices (N, K, K) and, of the foreground, curves (N, 2, 1001)."""
+    """Over all photos, for every pass: confusion matrices (N, K, K), curves of the foreground (N, 2, 1001), and the
+    cross-entropy (N,), its sum over the pixels."""
     model.eval()
-    matrices, curves, (rank, world) = 0, 0, rank_and_world()
+    matrices, curves, entropies, (rank, world) = 0, 0, 0, rank_and_world()
     for i in tqdm(range(rank, len(photos), world), desc="evaluate", leave=False, disable=rank > 0 or None):
         photo, mask = photos.pictures(i)
         truth = torch.from_numpy(np.array(mask, np.int64))
@@ -181,10 +188,22 @@ def evaluate_split(model, photos):
         seen = truth != VOID
         bins = [(truth[seen] == 1) * 1001 + (1000 * p[1][seen]).round().long() for p in masks]
         curves += torch.stack([torch.bincount(b, minlength=2002).view(2, 1001) for b in bins])
-    return tuple(map(sum, zip(*gather_from_processes((matrices, curves)))))
+        right = [p.gather(0, truth.clamp(max=photos.classes - 1)[None])[0][seen] for p in masks]
+        entropies += torch.stack([-p.double().clamp(min=1e-12).log().sum() for p in right])
+    return tuple(map(sum, zip(*gather_from_processes((matrices, curves, entropies)))))
+
+
+def summary(matrices, curves, entropies):
+    """Of the validation photos: the last pass's mIoU, and {column: value} for the log: scores and mean cross-entropy
+    after each pass; of more than two classes also the last pass's IoU of each."""
+    rows = [scores(m) | {"CE": entropy.item() / m.sum().item()} for m, entropy in zip(matrices, entropies)]
+    columns = {f"{name}_{t}": value for t, row in enumerate(rows, 1) for name, value in row.items()}
+    ious = class_ious(matrices[-1]).tolist() if len(matrices[-1]) > 2 else []
+    return rows[-1]["mIoU"], columns | {f"IoU of class {k}": iou for k, iou in enumerate(ious)}
 
 
 def print_table(matrices, curves, title, names):
+    """The scores after each pass; of more than two classes also the last pass's IoU of each."""
     rows = [scores(matrix) for matrix in matrices]
     if len(matrices[0]) == 2:
         rows = [row | {"BEP": break_even(curve)} for row, curve in zip(rows, curves)]
@@ -194,6 +213,8 @@ def print_table(matrices, curves, title, names):
     if len(matrices[0]) > 2:
         ious = [f"{names[k] if names else k} {iou:.4f}" for k, iou in enumerate(class_ious(matrices[-1]).tolist())]
         print("IoU of each class, last pass: " + ", ".join(ious))
+    if not matrices[-1][:, 1:].any():
+        print("The last pass calls every pixel background. More --epochs or a larger --size may find small things.")
 
 
 def draw_samples(model, photos, path, rows=4):

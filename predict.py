@@ -2,10 +2,11 @@
 
     python predict.py runs/hands/best.pt photo.jpg folder/ --out masks/
     python predict.py runs/hands/best.pt frames/ --frames --out masks/    one pass a frame; the state is carried
+    python predict.py runs/hands/best.pt film.mp4 --frames --out masks/   the same, for a video file
     python predict.py runs/hands/best.pt --export dru.onnx                the network as ONNX, for any size of photo
 
-Writes NAME.png (0 and 255, or class ids) at the photo's own size, and NAME_overlay.jpg to look at. It replaces no
-files but its own.
+Writes NAME.png (0 and 255, or class ids) at the photo's own size, and NAME_overlay.jpg to look at; of a video
+NAME_000001.png and so on. It replaces no files but its own.
 """
 
 if __name__ == "__main__":
@@ -24,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from evaluate import load, segment, segment_frame, to_classes
+from evaluate import in_strips, load, segment, segment_frame, to_classes
 from support.checkpoints import first_line, new_file
 from support.export import export
 from support.pictures import ENDINGS, read_photo, stem_of
@@ -32,6 +33,7 @@ from support.processes import is_out_of_memory, one_ending
 from support.runtime import keep_memory
 
 COLOURS = np.uint8([(0, 200, 160), (255, 120, 60), (90, 120, 255), (255, 210, 60), (220, 80, 200), (120, 210, 60)])
+VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 MARK = "predict.py of Recurrent U-Net"  # near the start of every file that this script writes
 
 
@@ -83,38 +85,71 @@ def refuse_foreign(path):
         raise ValueError(f"{path}: exists, and predict.py did not write it; choose another --out or --export")
 
 
+def read_pictures(path):
+    """(name, picture) of a photo, or of a video's frames, each read when it is asked for."""
+    if path.suffix.lower() not in VIDEOS:
+        yield path.stem, read_photo(path)
+        return
+    try:
+        import av  # FFmpeg's libraries in one wheel, without a program beside it; most users have no videos
+    except ImportError:
+        raise ValueError("is a video, which needs PyAV: pip install av. Or name a folder of its frames") from None
+    with av.open(str(path)) as film:
+        for k, frame in enumerate(film.decode(video=0), 1):
+            yield f"{path.stem}_{k:06d}", frame.to_image().rotate(frame.rotation, expand=True)  # a phone held upright
+
+
+def outputs_of(args, name, taken):
+    """Where its mask, its overlay and its probabilities go: no input, and no file that is not ours."""
+    ends = [".png", "_overlay.jpg", *["_probabilities.png"] * args.probabilities]
+    for path in (paths := [args.out / f"{name}{end}" for end in ends]):
+        if os.path.realpath(path) in taken:
+            raise ValueError(f"{path}: is an input and would be overwritten; name another folder with --out")
+        refuse_foreign(path)
+    return paths
+
+
 def mask_all(args):
-    """Write every mask and overlay; return how many pictures failed."""
+    """Write every mask and overlay; return how many inputs failed."""
     keep_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(args.checkpoint, device)
     if args.frames and not hasattr(model.net, "step"):
         raise ValueError(f"{args.checkpoint}: holds a network that carries no state; leave --frames out")
+    if model.classes > 2 and (args.probabilities or args.threshold is not None):
+        raise ValueError(f"{args.checkpoint}: has {model.classes} classes; --probabilities and --threshold are for two")
     inputs = find_inputs(args.inputs)
-    outputs = [(args.out / f"{path.stem}.png", args.out / f"{path.stem}_overlay.jpg") for path in inputs]
     taken = set(map(os.path.realpath, inputs))
-    for path in sum(outputs, ()):
-        if os.path.realpath(path) in taken:
-            raise ValueError(f"{path}: is an input and would be overwritten; name another folder with --out")
-        refuse_foreign(path)
+    for path in inputs:
+        outputs_of(args, path.stem, taken)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    mark, state, failed = PngInfo(), None, 0
+    def enlarge(s, photo):
+        """The mask, and the foreground's probability from 0 to 255."""
+        above = lambda p: p[1] >= args.threshold
+        grey = in_strips(s, photo, lambda p: (255 * p[1]).round()) if args.probabilities else None
+        return to_classes(s, photo) if args.threshold is None else in_strips(s, photo, above), grey
+
+    mark, state, done, failed = PngInfo(), None, 0, 0
     mark.add_text("Software", MARK)
-    for path, (mask_path, overlay_path) in zip(tqdm(inputs, disable=None), outputs):
+    for path in tqdm(inputs, disable=None):
         try:
-            photo = read_photo(path)
-            if min(photo.size) < 16:
-                raise ValueError(f"is {photo.width}x{photo.height}; it must be at least 16x16")
-            if args.frames:
-                mask, state = segment_frame(model, photo, state, to_classes)
-            else:
-                (mask,) = segment(model, photo, every=False, enlarge=to_classes)
-            drawn = overlay(photo, mask)
-            with new_file(mask_path) as file:
-                Image.fromarray(mask * np.uint8(255 if model.classes == 2 else 1)).save(file, "PNG", pnginfo=mark)
-            with new_file(overlay_path) as file:
-                drawn.save(file, "JPEG", quality=92, comment=MARK)
+            for name, photo in read_pictures(path):
+                if min(photo.size) < 16:
+                    raise ValueError(f"is {photo.width}x{photo.height}; it must be at least 16x16")
+                if args.frames:
+                    (mask, grey), state = segment_frame(model, photo, state, enlarge)
+                else:
+                    ((mask, grey),) = segment(model, photo, every=False, enlarge=enlarge)
+                white = mask * np.uint8(255 if model.classes == 2 else 1)
+                mask_path, overlay_path, *grey_path = outputs_of(args, name, taken)
+                drawn = overlay(photo, mask)
+                for to, picture in (mask_path, white), *((to, grey) for to in grey_path):
+                    with new_file(to) as file:
+                        Image.fromarray(picture).save(file, "PNG", pnginfo=mark)
+                with new_file(overlay_path) as file:
+                    drawn.save(file, "JPEG", quality=92, comment=MARK)
+                done += 1
         except Exception as error:
             if not isinstance(error, (ValueError, OSError)) and not is_out_of_memory(error):
                 raise
@@ -122,7 +157,7 @@ def mask_all(args):
             tqdm.write(f"predict.py: {about}{first_line(error)}", file=sys.stderr)
             failed += 1
     lost = f", {failed} pictures could not be read or masked" * (failed > 0)
-    print(f"{len(inputs) - failed} masks in {args.out}/{lost}")
+    print(f"{done} masks in {args.out}/{lost}")
     return failed
 
 
@@ -132,12 +167,18 @@ def main():
     cli.add_argument("inputs", type=Path, nargs="*", help="photos and folders of photos")
     cli.add_argument("--out", type=Path, default=Path("predicted"), help="folder for the masks [predicted/]")
     cli.add_argument("--frames", action="store_true", help="the inputs are one video, in order of name")
+    cli.add_argument("--probabilities", action="store_true", help="of two classes, also write NAME_probabilities.png")
+    cli.add_argument("--threshold", type=float, metavar="T", help="of two classes, the foreground's least probability")
     cli.add_argument("--export", type=Path, metavar="FILE", help="write the network as ONNX; no photos then")
     args = cli.parse_args()
     if bool(args.inputs) == bool(args.export):
         cli.error("name photos or folders, or --export FILE, and not both")
-    if args.export and args.frames:
-        cli.error("--frames and --export: an exported network makes all its passes over one photo; choose one")
+    if args.export and (args.frames or args.probabilities or args.threshold is not None):
+        cli.error("--export writes no masks; leave --frames, --probabilities and --threshold out")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        cli.error(f"--threshold {args.threshold}: is a probability, from 0 to 1")
+    if not args.frames and (films := [f"{path}" for path in args.inputs if path.suffix.lower() in VIDEOS]):
+        cli.error(f"{films[0]}: is a video; add --frames")
     with one_ending("predict.py"):
         if args.inputs:
             sys.exit(mask_all(args) > 0)

@@ -5,8 +5,8 @@
     python train.py --data hands/ --start runs/other/best.pt       begin with the weights of another run
     python train.py --data hands/ --evaluate runs/hands/best.pt    print the table alone
 
-Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png and samples.png. --evaluate draws
-samples.png beside its checkpoint where there is none.
+Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png, config.json and samples.png. --evaluate
+draws samples.png beside its checkpoint where there is none.
 GPUs, machines, or processes on CPUs (set OMP_NUM_THREADS) can share each batch of --batch photos:
 
     torchrun --standalone --nproc_per_node=2 train.py --data hands/
@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import differences, open_dataset, survey
-from evaluate import Segmenter, draw_samples, evaluate_split, load, print_table, read_matching, scores, start_from
+from evaluate import Segmenter, draw_samples, evaluate_split, load, print_table, read_matching, start_from, summary
 from paper import baselines
 from rurnet import VOID, recurrent_loss
 from support import processes
@@ -105,17 +105,17 @@ def parse(argv=None):
     return Config(**saved | {"out": c.out} | typed)
 
 
-def train(c, net=None, folder=None):
+def train(c, net=None, folder=None, criterion=None):
     """Train by a Config and write best.pt and last.pt into its --out; return what `data.survey` finds in c.data, or
-    `folder`. `net` is a network of your own, which `evaluate.load` then needs too."""
+    `folder`. `net` is a network of your own, which `evaluate.load` then needs too; `criterion` a loss of your own."""
     device = processes.join()
     with processes.exclusive(Path(c.out), c.resume):
         folder = folder or survey(c.data, c.void)
-        learn(c, net, folder, device, Path(c.out), *processes.rank_and_world())
+        learn(c, net, folder, criterion or recurrent_loss, device, Path(c.out), *processes.rank_and_world())
     return folder
 
 
-def learn(c, net, folder, device, out, rank, world):
+def learn(c, net, folder, criterion, device, out, rank, world):
     # 2. data
     held_out = open_dataset(folder, "val")
     c = replace(c, size=c.size or min(128, folder.short_side("train")))
@@ -185,7 +185,7 @@ def learn(c, net, folder, device, out, rank, world):
                 pixels = processes.sum_over_processes((truth != VOID).sum())
                 with autocast(device):
                     masks = learner(image, c.passes)  # logits after each of N passes
-                    loss = recurrent_loss(masks, truth, c.alpha, pixels)  # eq. (7)
+                    loss = criterion(masks, truth, c.alpha, pixels)  # eq. (7)
                 optimiser.zero_grad()
                 (loss * world).backward()  # processes average their gradients; their losses are parts of one sum
                 loss = processes.finite_sum(loss, net, masks, f"epoch {epoch}, step {done + 1}")
@@ -197,15 +197,14 @@ def learn(c, net, folder, device, out, rank, world):
 
             save_as("last.pt", everything)  # a long validation may be killed
             processes.copy_buffers_from_first(ema.module)
-            rows = [scores(matrix) for matrix in evaluate_split(model, held_out)[0]]
-            seconds, score, loss = time.monotonic() - began, rows[-1]["mIoU"], total / steps
-            log.append({"epoch": epoch, "loss": loss, "lr": schedule.get_last_lr()[0], "seconds": seconds})
-            log[-1] |= {f"{name}_{t}": value for t, row in enumerate(rows, 1) for name, value in row.items()}
+            score, columns = summary(*evaluate_split(model, held_out))
+            seconds, loss = time.monotonic() - began, total / steps
+            log.append({"epoch": epoch, "loss": loss, "lr": schedule.get_last_lr()[0], "seconds": seconds} | columns)
             best, done, total = max(best, score), 0, 0.0
             if score == best:
                 save_as("best.pt", weights)
             if rank == 0:
-                write_log(log, out)
+                write_log(log, asdict(c), out)
             save_as("last.pt", everything)
             reached = f"loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}"
             time_left = f"{(c.epochs - epoch) * seconds / 60:.0f} min left"
@@ -214,16 +213,17 @@ def learn(c, net, folder, device, out, rank, world):
 
 
 # ---------------------------------------------------------------- 6. test
-def test(c, folder):
+def test(c, folder=None):
     """Print the closing table of best.pt, or of --evaluate, and draw samples.png beside it."""
     path = Path(c.evaluate or f"{c.out}/best.pt")
-    model, photos = load(path, processes.join()), open_dataset(folder, "test")
+    model = load(path, processes.join())
+    photos = open_dataset(folder or survey(c.data, c.void, ["test"], model.classes), "test")
     if photos.classes != model.classes:
         raise ValueError(f"{path}: has {model.classes} classes, {c.data} {photos.classes}; use data of its kind")
     model.size, model.passes, model.views = c.size or model.size, c.passes, c.views
-    matrices, curves = evaluate_split(model, photos)
+    matrices, curves, _ = evaluate_split(model, photos)
     if processes.rank_and_world()[0] == 0:
-        print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {path}", folder.names)
+        print_table(matrices, curves, f"{c.data}, {len(photos)} test photos, {path}", photos.found.names)
         if not (c.evaluate and (path.parent / "samples.png").exists()):  # there it is the run's own
             draw_samples(model, photos, path.parent / "samples.png")
 
@@ -231,7 +231,7 @@ def test(c, folder):
 def main():
     with processes.one_ending("train.py"):
         c = parse()
-        folder = survey(c.data, c.void) if c.evaluate else train(c)
+        folder = None if c.evaluate else train(c)
         processes.gather_from_processes()  # wait until the first has written best.pt
         test(c, folder)
 

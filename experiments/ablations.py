@@ -142,7 +142,7 @@ def compare_norms(table, data, side, crop, seeds, steps=300):
             recurrent_loss(net(image), truth, 1).backward()
             optimiser.step()
             schedule.step()
-        (matrix,), _ = evaluate_split(Segmenter(net, side, 1, 1), open_dataset(data, "val"))
+        (matrix,), *_ = evaluate_split(Segmenter(net, side, 1, 1), open_dataset(data, "val"))
         with open(table, "a", newline="") as file:
             csv.writer(file).writerow([Path(data).name, name, seed, f"{scores(matrix)['IoU']:.4f}"])
 

@@ -1,7 +1,8 @@
 """What recurrence gains: every run behind the tables of experiments/README.md, a line each in results/evidence.csv.
 
-    python -m experiments.evidence run DATA     train and test what the csv lacks
-    python -m experiments.evidence list         all runs, as commands of train.py
+    python -m experiments.evidence run DATA                     train and test what the csv lacks
+    python -m experiments.evidence again DATA hgr "DRU(4)" 0    train a run once more, and print its row
+    python -m experiments.evidence list                         all runs, as commands of train.py
 
 DATA holds DRIVE/ as published, and hgr/ roads/ camvid/, each with images/, masks/ and the three lists. The masks of
 CamVid are its ids 0 to 11. The lists of hgr and roads are in results/splits.csv.
@@ -65,16 +66,20 @@ def all_runs():
         for name, data in order + [(name, data) for name in ablations for data in ("hgr", "DRIVE")]:
             flags = DATA[data] | (SYSTEMS | ABLATIONS).get(name, {})
             flags["epochs"] *= int(times[1]) if (times := re.search(r"(\d) x steps", name)) else 1
-            out = f"runs/evidence/{data}, {name}, seed {seed}".replace(" ", "_").replace(",", "")
+            out = "runs/evidence/" + re.sub(r"\W+", "_", f"{data}, {name}, seed {seed}")
             yield Run(data, name, seed, train.Config(data=data, seed=seed, out=out, **flags))
 
 
 def command_of(run):
     chosen = {name: value for name, value in vars(run.config).items() if value != getattr(train.Config, name)}
-    chosen.pop("out")
     words = [f"--{name} {value}".removesuffix(".0") for name, value in chosen.items()]
     note = f"    (its network: BUILD[{run.system!r}] of experiments/ablations.py)" * (run.system in BUILD)
     return " ".join(["python train.py", *words]) + note
+
+
+def commit():
+    git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def train_and_test(run, root):
@@ -87,13 +92,12 @@ def train_and_test(run, root):
     model.passes = 5 if run.system in (*ABLATIONS, *WAYS, "DRU(4)") else 3
     tested = [scores(matrix) for matrix in evaluate_split(model, photos)[0]]
     log, n = read_checkpoint(out / "last.pt")["log"], len(folder.pairs["train"])
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
     best = max(row[max(k for k in row if k.startswith("mIoU"))] for row in log)
     names = "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1"
     return dict(
         data=run.data, system=run.system, seed=run.seed,
-        commit=subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        parameters=sum(p.numel() for p in model.parameters()), steps=c.epochs * (n * -(-400 // n) // c.batch),
+        commit=commit(), parameters=sum(p.numel() for p in model.parameters()),
+        steps=c.epochs * (n * -(-400 // n) // c.batch),
         minutes=f"{sum(row['seconds'] for row in log) / 60:.1f}", val_mIoU=f"{best:.4f}",
         **{name: " ".join(f"{row[name]:.4f}" for row in tested if name in row) for name in names},
     )  # fmt: skip
@@ -119,9 +123,12 @@ def main():
     match sys.argv[1:]:
         case ["run", root]:
             run_all(root)
+        case ["again", root, *key]:
+            (run,) = (run for run in all_runs() if run.key == tuple(key))
+            run.config.out += "_again"
+            print(*train_and_test(run, root).items(), sep="\n")
         case ["list"]:
-            for run in all_runs():
-                print(f"{', '.join(run.key)}: {command_of(run)}")
+            print("\n".join(f"{', '.join(run.key)}: {command_of(run)}" for run in all_runs()))  # at once, for `| head`
         case _:
             sys.exit(__doc__)
 

@@ -111,15 +111,13 @@ def captured(calls):
 
 
 # ---------------------------------------------------------------- the steps of --gpu
-
-
 def describe_device():
     print(sys.version, torch.__version__, torch.version.cuda, torch.backends.cudnn.version())
     print(cuda.get_device_properties(DEVICE))
     print(f"TF32: convolutions {torch.backends.cudnn.allow_tf32}, products {torch.backends.cuda.matmul.allow_tf32}")
 
 
-def run_tests(*before, only="gate or norm or unit or network"):
+def run_tests(*before, only="gate or norm or network"):
     """The kernels' tests, which run compiled where there is a GPU."""
     command = [*before, sys.executable, "-m", "pytest", "-q", "test_rurnet.py", "-k", only]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -150,21 +150,7 @@ def norm_table():
     return markdown(["", *norms], lines)
 
 
-def start_table():
-    found = {}
-    for _, how, _, *values in csv.reader(read_result("start.csv")):
-        found.setdefault(how, []).append([float(value) for value in values])
-    lines = []
-    for how, seeds in found.items():
-        first, second, third = zip(*seeds)
-        words = [word.split()[-1] for word in how.split(", ")]
-        lines.append([*words, mean_of(first), mean_of(second), spread(third)])
-    return markdown(["fed back", "s_0", "h_0", "pass 1", "pass 2", "pass 3"], lines)
-
-
 # ---------------------------------------------------------------- speed
-
-
 def read_systems():
     """What bench --table printed: name, parameters, GFLOP, ms, low, "to", high, frames/s, MB."""
     return [words for words in map(str.split, read_result("table.txt")[3:]) if len(words) == 9]
@@ -216,8 +202,8 @@ def traffic_table():
     return "\n".join(["```text", *(read_result("traffic.txt") or ["awaited"]), "```"])
 
 
-MAKERS = (finding_table, evidence_table, looking_table, longer_table, changes_table, passes_table, alpha_table,
-          norm_table, start_table, systems_table, infer_table, train_table, video_table, traffic_table)  # fmt: skip
+MAKERS = (finding_table, evidence_table, looking_table, changes_table, passes_table, alpha_table,
+          norm_table, systems_table, infer_table, train_table, video_table, traffic_table)  # fmt: skip
 MAKE = {maker.__name__.removesuffix("_table"): maker for maker in MAKERS}
 
 

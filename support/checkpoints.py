@@ -1,5 +1,6 @@
 """Files that are never half written, checkpoints that never run code, and the log of a run."""
 
+import json
 import os
 import zipfile
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 
 PARTS = {"network": dict, "input": dict, "classes": int, "model": dict, "ema": dict}  # of every checkpoint
 PROGRESS = dict(optimiser=dict, schedule=dict, photos=dict, log=list, best=float, done=int, total=float)  # of last.pt
-FILES = "best.pt", "last.pt", "log.csv", "curves.png", "samples.png"  # what a run writes
+FILES = "best.pt", "last.pt", "log.csv", "curves.png", "config.json", "samples.png"  # what a run writes
 
 
 @contextmanager
@@ -97,17 +98,20 @@ def refuse_taken(out, resume):
         raise ValueError(f"{out}: holds a run already ({taken[0]}); {more}")
 
 
-def write_log(log, out):
-    """log.csv and curves.png, complete from the first epoch, so a resumed run has neither a gap nor a repetition."""
+def write_log(log, config, out):
+    """log.csv and curves.png, complete from the first epoch, so a resumed run has no gap; and config.json."""
     with new_file(out / "log.csv") as file:
         file.write("".join(",".join(map(str, row)) + "\n" for row in [log[0], *(row.values() for row in log)]).encode())
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(*zip(*((row["epoch"], row["loss"]) for row in log)))
-    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    for name in (name for name in log[0] if name.startswith("mIoU_")):
-        right.plot(*zip(*((row["epoch"], row[name]) for row in log)), label=name.replace("mIoU_", "pass "))
-    right.set(xlabel="epoch", ylabel="validation mIoU")
-    right.legend()
+    for axis, kind in (left, "CE"), (right, "mIoU"):
+        for name in (name for name in log[0] if name.startswith(f"{kind}_")):
+            axis.plot(*zip(*((row["epoch"], row[name]) for row in log)), label=name.replace(f"{kind}_", "pass "))
+        axis.set(xlabel="epoch", ylabel=f"validation {kind}")
+    left.plot(*zip(*((row["epoch"], row["loss"]) for row in log)), "k", lw=1, label="training loss")
+    left.set(yscale="log", ylabel="loss; cross-entropy in validation")
+    left.legend()
     with new_file(out / "curves.png") as file:
         figure.savefig(file, dpi=80)
+    with new_file(out / "config.json") as file:
+        file.write(json.dumps(config, indent=1).encode())

@@ -97,13 +97,14 @@ class Found:
     layout: str
     names: tuple = ()  # of the classes; empty where the masks decide how many there are
     pairs: dict = field(default_factory=lambda: {split: [] for split in SPLITS})
+    incomplete: dict = field(default_factory=lambda: {split: [] for split in SPLITS})  # problems of a split alone
     problems: list = field(default_factory=list)
     notes: list = field(default_factory=list)  # what a user should know, and what stops nothing
 
     def add(self, split, name, photo, mask, read=None):
         if missing := [f"{file}" for file in (photo, mask) if not file.exists()]:
             about = "a photo and its mask come together: add it, or remove the other"
-            self.problems.append(f"{' and '.join(missing)}: missing; {about}")
+            self.incomplete[split].append(f"{' and '.join(missing)}: missing; {about}")
         else:
             self.pairs[split].append((name, photo, mask, read))
 
@@ -129,9 +130,8 @@ def by_stem(folder, problems):
 
 
 def read_list(path, problems):
-    """The names in a list, one a line, without a picture's ending."""
+    """The names in a list, one a line, without a picture's ending; none where there is no list."""
     if not path.is_file():
-        problems.append(f"{path}: missing; the lists for {', '.join(SPLITS)} come together")
         return []
     try:
         text = normalize("NFC", path.read_text(encoding="utf-8-sig"))  # -sig: Windows puts a mark before UTF-8

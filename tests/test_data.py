@@ -15,7 +15,7 @@ import data
 from data import open_dataset, survey
 from evaluate import evaluate_split, load, segment
 from rurnet import RecurrentUNet
-from support.pictures import SPLITS, normalise, read_photo, resize
+from support.pictures import SPLITS, normalise, read_photo
 from support.toy import draw_set
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the literature gives them
@@ -37,18 +37,6 @@ def test_lists_split_folders_and_seeded_split(folder, tmp_path):
     parts = names(tmp_path / "bare")
     assert [len(part) for part in parts] == [14, 3, 3] and len(set(sum(parts, []))) == 20
     assert parts == names(tmp_path / "bare") and "seed 0" in survey(tmp_path / "bare").layout
-
-
-def test_an_item_is_a_normalised_image_and_a_mask(folder):
-    photos = open_dataset(folder, "train")
-    image, mask = photos[1]
-    assert image.dtype == torch.float32 and mask.dtype == torch.int64
-    want = (np.asarray(blob()[0]) / 255 - MEAN) / STD
-    np.testing.assert_allclose(image, want.transpose(2, 0, 1), rtol=1e-5)
-    np.testing.assert_array_equal(mask, np.asarray(blob(x=9)[1]) // 255)
-    assert len(list(photos)) == len(photos) == 4
-    remask(BOX * 0)(folder)  # one class alone, where others hold more
-    assert not open_dataset(folder, "train")[1][1].any()
 
 
 @pytest.mark.parametrize("part, split, size, words", [
@@ -78,6 +66,7 @@ def test_masks_in_every_honest_encoding(tmp_path):
     ]:
         for i in range(3):
             write_pair(tmp_path / name, str(i), mask)
+        write_pair(tmp_path / name, "3", Image.fromarray(BOX * 0))  # one class alone, where others hold more
         dataset = open_dataset(tmp_path / name, "train")
         assert dataset.classes == len(set(want.flat) - {255}), name
         np.testing.assert_array_equal(dataset[0][1], want, err_msg=name)
@@ -192,8 +181,7 @@ FOLDERS = {  # what is done to the folder: words of the error, or None where it 
     "lists: an absent name": (write("val.txt", b"p4\nq9\n"), "images/q9.* and"),
     "lists: a name in train and val": (write("val.txt", b"p4\np0\n"), "val.txt: names p0, which train.txt has already"),
     "lists: a name twice, once with ending": (write("val.txt", b"p4\np4.png\n"), "names p4, which val.txt has"),
-    "lists: one is missing": (delete("val.txt"), "val.txt: missing; the lists for train, val, test come together"),
-    "lists: one is empty": (write("val.txt", b"\n\n"), "has no photos for val; it needs one"),
+    "lists: one is missing": (delete("val.txt"), "(train.txt, val.txt, test.txt): has no photos for val; it needs one"),
     "lists: no text": (write("val.txt", b"\xff\xfe\0p"), "val.txt: is not UTF-8 text"),
     "lists: from Windows, with folders": (write("val.txt", b"\xef\xbb\xbfimages/p4.png\r\n\r\n"), None),
 }
@@ -239,6 +227,15 @@ def test_check_counts_notes_what_a_user_may_not_expect_and_lists_every_problem(f
         open_dataset(folder, "train")
 
 
+def test_one_split_is_surveyed_alone_and_may_lack_a_class(folder):
+    delete("masks/p0.png")(folder)  # of train
+    classes_of = lambda classes: survey(folder, splits=["test"], classes=classes).classes
+    assert survey(folder, splits=["test"]).problems == [] != survey(folder).problems
+    assert (classes_of(2), classes_of(3)) == (2, 3) and survey(folder, splits=["test"]).white
+    remask_all(lambda i: BOX * 2 + (np.arange(40) < 3))(folder)
+    assert (classes_of(2), classes_of(5)) == (3, 5)
+
+
 @pytest.mark.parametrize("change", [
     lambda f: blob(50, 32)[0].save(f / "images/p0.png"), remask(BOX[:-1], "p0.png"), remask(BOX * 7, "p0.png")])
 def test_a_survey_is_not_repeated_but_what_has_changed_since_is_named(folder, change):
@@ -259,15 +256,6 @@ def test_the_short_side_of_a_split_is_its_medians(tmp_path):
             write_pair(tmp_path / split, f"p{side}", *reversed(blob(70, side)))
     assert [survey(tmp_path).short_side(split) for split in SPLITS] == [30, 60, 60]
     assert open_dataset(tmp_path, "train").crop == 30  # of photos at their own sizes
-
-
-@law
-@given(w=st.integers(20, 90), h=st.integers(20, 90), short=st.integers(8, 64))
-def test_size_is_the_short_side(w, h, short):
-    photo, mask = resize(blob(w, h)[0], short), resize(blob(w, h)[1], short, Image.NEAREST)
-    assert min(photo.size) == short and photo.size == mask.size
-    assert abs(max(photo.size) - max(w, h) * short / min(w, h)) <= 0.5
-    assert set(np.unique(mask)) <= {0, 255}
 
 
 def test_a_network_sees_the_same_pixels_in_training_evaluation_and_prediction(tmp_path):
@@ -291,7 +279,8 @@ def test_a_network_sees_the_same_pixels_in_training_evaluation_and_prediction(tm
         assert torch.equal(image[None], other)
     small = photo.resize((24, 16), Image.BILINEAR)  # Pillow's own, of a photo 67x45: 67 * 16 / 45 = 23.8
     want = (np.asarray(small, np.float64) / 255 - MEAN) / STD
-    np.testing.assert_allclose(image, want.transpose(2, 0, 1), atol=1e-5)  # float32
+    np.testing.assert_allclose(image, want.transpose(2, 0, 1), atol=1e-5)
+    assert image.dtype == torch.float32 and truth.dtype == torch.int64
     np.testing.assert_array_equal(truth, mask.resize((24, 16), Image.NEAREST))
     np.testing.assert_array_equal(training.resized(0)[1], truth)
 
@@ -325,10 +314,9 @@ def test_augmentation_flips_scales_turns_and_lights():
 def test_crops_depend_on_nothing_but_seed_epoch_and_index(folder):
     found = survey(folder)
     photos = [open_dataset(found, "train", 24, True, seed=seed, repeat=3) for seed in (0, 0, 1)]
-    first = [photos[0][k] for k in range(12)]
+    first = list(photos[0])
     assert all(torch.equal(a, b) for k in reversed(range(12)) for a, b in zip(first[k], photos[1][k]))
-    workers = list(torch.utils.data.DataLoader(photos[0], batch_size=None, num_workers=2))
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, workers)) and len(workers) == 12
+    assert len(first) == len(photos[0]) == 12
     assert not torch.equal(first[0][0], photos[2][0][0]) and not torch.equal(first[0][0], first[4][0])
     assert torch.equal(first[0][0], photos[0][0, 0][0]) and not torch.equal(first[0][0], photos[0][1, 0][0])
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from data import open_dataset
-from evaluate import (Segmenter, break_even, confusion, evaluate_split, load, print_table, scores, segment,
+from evaluate import (Segmenter, break_even, confusion, evaluate_split, load, print_table, scores, segment, summary,
                       start_from, to_classes, to_photo)  # fmt: skip
 from paper.baselines import build
 from rurnet import RecurrentUNet
@@ -82,11 +82,15 @@ def test_a_split_is_counted_once_for_each_pass(tmp_path):
         write_pair(tmp_path, f"p{i}", Image.fromarray(np.where(np.arange(40) < 2, 255, BOX).astype(np.uint8)))
     model = Segmenter(torch.nn.Conv2d(3, 2, 1), 32, 2, 1)
     model.net.forward = look
-    matrices, curves = evaluate_split(model, open_dataset(tmp_path, "train"))
+    matrices, curves, entropies = evaluate_split(model, open_dataset(tmp_path, "train"))
     box, rest, want = 4 * 13 * 16, 4 * (40 * 32 - 2 * 32 - 13 * 16), torch.zeros(2, 2, 1001, dtype=torch.long)
     assert matrices.tolist() == [[[rest, 0], [box, 0]], [[rest, 0], [0, box]]]
     want[0, :, 200], want[1, 0, 200], want[1, 1, 800] = torch.tensor([rest, box]), rest, box
     assert torch.equal(curves, want)
+    entropy = -rest * np.log(0.8) - box * np.log(0.2), -(rest + box) * np.log(0.8)
+    assert entropies.tolist() == pytest.approx(entropy, rel=1e-5)
+    score, columns = summary(matrices, curves, entropies)
+    assert score == columns["mIoU_2"] == 1 and columns["CE_1"] == pytest.approx(entropy[0] / (rest + box), rel=1e-5)
 
 
 @law
@@ -112,18 +116,16 @@ def test_scores_of_classes_that_are_nowhere_or_never_called():
 
 
 def test_break_even_is_where_precision_meets_recall():
-    curve, rng = torch.zeros(2, 11, dtype=torch.long), np.random.default_rng(0)
+    curve = torch.zeros(2, 11, dtype=torch.long)
     curve[1, [9, 8, 4, 1]] = curve[0, [7, 3, 2]] = 1  # at 0.4, four are called foreground and four are; three agree
     assert break_even(curve) == pytest.approx(3 / 4)
-    truth = rng.random(20000) < 0.1
-    bins = (1000 * (truth * 0.3 + rng.random(20000) * 0.7)).round().astype(int)
-    curve = torch.tensor(np.stack([np.bincount(bins[truth == k], minlength=1001) for k in (0, 1)]))
-    most_likely = truth[np.argsort(-bins)[: truth.sum()]]  # called as often as true: precision is recall
-    assert break_even(curve) == pytest.approx(most_likely.mean(), abs=2e-3)  # one bin holds several pixels
 
 
 def test_the_table_names_classes(capsys):
     matrix = torch.tensor([[[4, 0, 1], [0, 3, 0], [1, 1, 2]]])
     for names, shown in (("sky", "road", "car"), "sky 0.6667, road 0.7500, car 0.4000"), ((), "0 0.6667, 1 0.7500"):
         print_table(matrix, torch.zeros(1, 2, 1001), "title", names)
-        assert shown in capsys.readouterr().out
+        assert shown in (text := capsys.readouterr().out) and "background" not in text
+    assert summary(matrix, None, torch.ones(1))[1]["IoU of class 2"] == pytest.approx(0.4)
+    print_table(torch.tensor([[[4, 0], [2, 0]]]), torch.zeros(1, 2, 1001), "title", ())
+    assert "calls every pixel background" in capsys.readouterr().out

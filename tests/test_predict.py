@@ -1,9 +1,12 @@
 """From a checkpoint, which may be damaged or foreign, to masks and to ONNX."""
 
+import contextlib
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -16,7 +19,7 @@ from torch.nn import functional as F
 
 import evaluate
 import predict
-from evaluate import load, segment
+from evaluate import load, segment, segment_frame
 from paper.baselines import build
 from rurnet import PlainUNet
 from support import checkpoints, export
@@ -203,27 +206,78 @@ def test_frames_carry_the_state_in_order_of_number(tmp_path):
     assert "3 masks" in done.stdout, done.stderr
     for name, side in frames:
         image = load(tmp_path / "a.pt").to_input(read_photo(tmp_path / f"in/{name}.png"))
-        with torch.no_grad():  # f10 alone goes on: the state of another size is of no use to f11
-            s, state = net.step(image, state if name == "f10" else net.start(image))
+        state = state if name == "f10" else net.start(image)  # the state of another size is of no use to f11
+        with torch.no_grad():
+            for _ in range(1 if name == "f10" else 2):  # without a state both passes look at the frame
+                s, state = net.step(image, state)
         want = F.interpolate(s, (side, 90), mode="bilinear")[0].argmax(0)
         np.testing.assert_array_equal(pixels(tmp_path / f"{name}.png"), want * 255)
+
+
+def test_a_video_file_is_read_frame_by_frame(trained, tmp_path, monkeypatch):
+    """With a stub of PyAV: its frames, upright, are what a folder of them would be."""
+    photos = [blob(x=x)[0] for x in (3, 9, 15)]
+    frame = lambda photo: SimpleNamespace(rotation=90, to_image=lambda: photo.rotate(-90, expand=True))
+    film = lambda path: contextlib.nullcontext(SimpleNamespace(decode=lambda video: map(frame, photos)))
+    monkeypatch.setitem(sys.modules, "av", SimpleNamespace(open=film))
+    (tmp_path / "film.MP4").write_bytes(b"a film")
+    (tmp_path / "in").mkdir()
+    for k, photo in enumerate(photos):
+        photo.save(tmp_path / f"in/{k}.png")
+    best, flags = trained[0] / "run/best.pt", ("--frames", "--out", tmp_path / "out")
+    assert "3 masks" in run("predict.py", best, tmp_path / "film.MP4", *flags).stdout
+    assert "3 masks" in run("predict.py", best, tmp_path / "in", *flags).stdout
+    for k in range(3):
+        np.testing.assert_array_equal(pixels(tmp_path / f"out/film_{k + 1:06d}.png"), pixels(tmp_path / f"out/{k}.png"))
+    monkeypatch.setitem(sys.modules, "av", None)
+    done = run("predict.py", best, tmp_path / "film.MP4", *flags)
+    assert done.returncode == 1 and "film.MP4: is a video, which needs PyAV: pip install av" in done.stderr
+    assert "film.MP4: is a video; add --frames" in run("predict.py", best, tmp_path / "film.MP4").stderr
+
+
+def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
+    write_checkpoint(tmp_path / "a.pt", width=2)
+    model, state, photo = load(tmp_path / "a.pt"), None, Image.new("RGB", (16, 16))
+    pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+    for t in range(int(os.environ.get("FRAMES", 800))):  # 10,000 take a minute
+        _, state = segment_frame(model, photo, state)
+        if t == 300:
+            before = pages()
+    assert (pages() - before) * os.sysconf("SC_PAGE_SIZE") < 2**21  # a frame's activations are 50 kilobytes
+
+
+def test_a_threshold_chooses_from_the_probabilities_that_are_written(trained, tmp_path):
+    best, photo = trained[0] / "run/best.pt", trained[0] / "photos/images/p0.png"
+    want = segment(load(best), read_photo(photo))[-1][1].numpy()
+    threshold = f"{np.quantile(want, 0.7):.4f}"
+    masks = {}
+    for flags in (), ("--threshold", threshold), ("--threshold", 1), ("--threshold", 0):
+        assert run("predict.py", best, photo, "--probabilities", *flags, "--out", tmp_path).returncode == 0
+        masks[flags[1:]] = pixels(tmp_path / "p0.png") == 255
+        assert np.abs(pixels(tmp_path / "p0_probabilities.png") / 255 - want).max() < 0.51 / 255
+    np.testing.assert_array_equal(masks[()], want > 0.5)
+    np.testing.assert_array_equal(masks[(threshold,)], want >= float(threshold))
+    assert 0.2 < masks[(threshold,)].mean() < 0.4 and masks[(0,)].all() and not masks[(1,)].any()
 
 
 @pytest.mark.parametrize("args, words", [  # what follows `predict.py`, and words of the sentence
     ("{made}/absent.pt {at}/photos/images", "absent.pt: no such file"),
     ("{made}/unet.pt {at}/photos/images --frames", "unet.pt: holds a network that carries no state; leave"),
+    ("{made}/four.pt {at}/photos/images --threshold 0.4", "four.pt: has 4 classes; --probabilities and --threshold"),
+    ("{best} {at}/photos/images --threshold nan", "--threshold nan: is a probability, from 0 to 1"),
     ("{best} {tmp}/absent.jpg", "absent.jpg: no such file or folder"),
     ("{best} {tmp}", "holds no pictures (.bmp, .gif"),
     ("{best} {at}/photos/images {at}/photos/masks --out {tmp}", "would both become p0.png"),
     ("{best} {at}/photos/images --out {at}/photos/images", "p0.png: is an input and would be overwritten"),
     ("{best} {at}/photos/images --out {at}/run/log.csv", "log.csv"),
     ("{best} --export {tmp}/none/net.onnx", "net.onnx: must name a file in a folder that exists"),
-    ("{best} --export {tmp}/net.onnx --frames", "--frames and --export"),
+    ("{best} --export {tmp}/net.onnx --frames", "--export writes no masks; leave --frames"),
     ("{best}", "name photos or folders, or --export FILE"),
 ])  # fmt: skip
 def test_a_mistake_gets_one_sentence_and_changes_nothing(trained, tmp_path, tmp_path_factory, args, words):
     made, before = tmp_path_factory.mktemp("made"), sorted(trained[0].rglob("*"))
     write_checkpoint(made / "unet.pt", "unet-g", width=4)
+    write_checkpoint(made / "four.pt", classes=4, width=4)
     where = dict(at=trained[0], best=trained[0] / "run/best.pt", made=made, tmp=tmp_path)
     done = run("predict.py", *args.format(**where).split())
     assert done.returncode in (1, 2) and words in done.stderr and "predict.py: " in done.stderr
