@@ -284,7 +284,7 @@ def test_ctrl_c_while_torch_loads_shows_no_traceback(tmp_path, script):
 @pytest.mark.parametrize("world, ending, words", [(1, KeyboardInterrupt, ""), (2, SystemExit, "same torchrun command")])
 def test_a_second_ctrl_c_does_not_wait_but_torchrun_sends_two(monkeypatch, capsys, world, ending, words):
     monkeypatch.setattr(processes, "rank_and_world", lambda: (0, world))
-    with pytest.raises(ending), processes.Interrupts(torch.device("cpu"), "hands/", "out") as interrupts:
+    with pytest.raises(ending), processes.Interrupts(torch.device("cpu"), "hands/", Path("out")) as interrupts:
         signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
         interrupts.obey("step 1")
     assert words in capsys.readouterr().err
