@@ -8,6 +8,7 @@ import csv
 import re
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -91,40 +92,6 @@ def looking_table():
     return markdown(["", *columns], lines)
 
 
-def longer_table():
-    """Single runs: DRU(4) after each pass; the plain U-Net after as many steps, and after three times as many."""
-    lines, rows = [], read_rows("runs.csv")
-    for folder, name in zip(("DRIVE/", "hgr/", "roads/", "CamVid/"), NAMED.values()):
-        cells = {}  # {(is it a U-Net, epochs): scores after each pass}
-        for row in rows:
-            if f"--data {folder}" in row["command"]:
-                epochs = re.search(r"--epochs (\d+)", row["command"])
-                key = "unet-g" in row["command"], int(epochs[1]) if epochs else 30
-                cells.setdefault(key, []).append(f"{float(row[name.split()[-1]]):.3f}")
-        epochs = min((n for plain, n in cells if not plain), default=0)
-        plain = [cells.get((True, n * epochs), ["awaited"])[0] for n in (1, 3)]
-        lines.append([name, *cells.get((False, epochs), ["awaited"] * 3), *plain])
-    return markdown(["", "DRU(4), pass 1", "pass 2", "pass 3", "U-Net-G", "U-Net-G, 3 x steps"], lines)
-
-
-def passes_table():
-    """Means after 1 to 5 test passes, by the number of passes in training."""
-    heads, lines = [f"{NAMED[data]}, {t} in the test" if t == 1 else t for data in ABLATED for t in range(1, 6)], []
-    for n in range(1, 6):
-        system = "DRU(4)" if n == 3 else f"N = {n}"
-        lines.append([n, *(mean_of(scores_of(data, system, t)) for data in ABLATED for t in range(1, 6))])
-    return markdown(["passes in training", *heads], lines)
-
-
-def alpha_table():
-    lines = []
-    for name, system in ("0.4", "DRU(4)"), ("0.7", "alpha = 0.7"), ("1", "alpha = 1"):
-        lines.append([name, *(spread(scores_of(data, system, t)) for data in ABLATED for t in (1, 3))])
-    once = [spread(scores_of(data, "N = 1", 1)) for data in ABLATED]
-    lines.append(["trained for one pass", once[0], "", once[1], ""])
-    return markdown(["alpha", *(f"{NAMED[data]}, pass {t}" for data in ABLATED for t in (1, 3))], lines)
-
-
 def changes_table():
     systems = {
         "nothing": "DRU(4)", **{f"level l = {level}": f"l = {level}" for level in (3, 2, 1)}, "level l = 0": "DRU(0)",
@@ -139,15 +106,14 @@ def changes_table():
     return markdown(["what changes in DRU(4)", "parameters", *(NAMED[data] for data in ABLATED)], lines)
 
 
-def norm_table():
-    sets = {"hands": "toy set: `hands/ 84 84`", "hgr": "HGR: `hgr/ 84 84`", "DRIVE": "DRIVE: `DRIVE/ 565 112`",
-            "roads": "roads: `roads/ 400 112`"}  # fmt: skip
-    found = {}
-    for data, norm, _, iou in csv.reader(read_result("norm.csv")):
-        found.setdefault((data, norm), []).append(float(iou))
-    norms = dict.fromkeys(norm for _, norm in found)
-    lines = [[title, *(spread(found.get((data, norm), [])) for norm in norms)] for data, title in sets.items() if norms]
-    return markdown(["", *norms], lines)
+def trial_table(trial):
+    """A row for each way, a pair of columns for each set: validation, by which one chooses, and test."""
+    rows = [row for row in read_rows("trials.csv") if row["trial"] == trial and row["way"] != "its base"]
+    sets, ways = (list(dict.fromkeys(row[name] for row in rows)) for name in ("data", "way"))
+    of = lambda data, way, name: [float(r[name]) for r in rows if (r["data"], r["way"]) == (data, way)]
+    cells = lambda data, way: (mean_of(of(data, way, "val_IoU")), spread(of(data, way, "IoU")))
+    heads = [head for data in sets for head in (f"{data}, validation", f"{data}, test")]
+    return markdown(["IoU", *heads], [[way, *(cell for data in sets for cell in cells(data, way))] for way in ways])
 
 
 # ---------------------------------------------------------------- speed
@@ -202,9 +168,10 @@ def traffic_table():
     return "\n".join(["```text", *(read_result("traffic.txt") or ["awaited"]), "```"])
 
 
-MAKERS = (finding_table, evidence_table, looking_table, changes_table, passes_table, alpha_table,
-          norm_table, systems_table, infer_table, train_table, video_table, traffic_table)  # fmt: skip
+MAKERS = (finding_table, evidence_table, looking_table, changes_table, systems_table, infer_table, train_table,
+          video_table, traffic_table)  # fmt: skip
 MAKE = {maker.__name__.removesuffix("_table"): maker for maker in MAKERS}
+MAKE |= {trial: partial(trial_table, trial) for trial in ("rare", "start", "longer")}
 
 
 def fill_tables(text):

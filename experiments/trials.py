@@ -35,7 +35,7 @@ COLUMNS = "trial", "data", "way", "seed", "commit", "val_IoU", "IoU", "precision
 
 def weighted(masks, truth, alpha, pixels, foreground):
     """Cross-entropy in which a pixel of the foreground counts several times, over passes as in eq. (7)."""
-    weight = torch.tensor([1.0, foreground])
+    weight = masks[0].new_tensor([1.0, foreground])
     losses = [F.cross_entropy(s, truth, weight, ignore_index=VOID, reduction="sum") / pixels for s in masks]
     return sum(alpha ** (len(masks) - t) * loss for t, loss in enumerate(losses, 1))
 
@@ -102,12 +102,12 @@ def all_trials(root):
         for data, folder in rare.items():
             for way, loss in LOSSES.items():
                 yield trial("rare", data, way, folder, loss, model="unet-g", **how[data])
-        base = trial("start", "hgr", "its base", root / "hgr", size=96, epochs=12)
+        base = trial("start", "hgr", "its base", root / "hgr", size=64, epochs=12)
         yield base
         best = f"{base[1].out}/best.pt"
         for way, flags in {"from scratch": {}, "started": dict(start=best),
                            "started, a quarter of the rate": dict(start=best, lr=1e-3)}.items():  # fmt: skip
-            yield trial("start", "hands", way, ten, size=96, epochs=6, **flags)
+            yield trial("start", "hands", way, ten, size=64, epochs=6, **flags)
         short = trial("longer", "hgr", "12 epochs", root / "hgr", model="unet-g", size=64, epochs=12)
         yield short
         start = dict(start=f"{short[1].out}/best.pt", epochs=12)

@@ -1,7 +1,9 @@
 """data.py, support/pictures.py, support/toy.py: folders of photos and masks, what is wrong with them, sizes, crops."""
 
+import os
 import zlib
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +115,8 @@ rename = lambda old, new: lambda f: (f / old).rename(f / new)
 remask = lambda values, name="p1.png": lambda f: Image.fromarray(values).save(f / "masks" / name)
 remask_all = lambda mask_of: lambda f: [remask(mask_of(i), f"p{i}.png")(f) for i in range(6)]
 rewrite = lambda how, **options: lambda f: how(blob()[1]).save(f / "masks/p1.png", **options)
+remake = lambda make: lambda f: delete("images/p1.png")(f) or make(f / "images/p1.png")
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n"
 link = lambda to: lambda f: delete("images/p1.png")(f) or (f / "images/p1.png").symlink_to(to)
 
 
@@ -151,6 +155,10 @@ def renamed(photo, mask):
 FOLDERS = {  # what is done to the folder: words of the error, or None where it reads as if nothing had happened
     "photo: text": (write("images/p1.png", b"hello"), "images/p1.png: cannot be read as a picture"),
     "photo: dead link": (link("p9.png"), "missing"),
+    "photo: a link to itself": (link("p1.png"), "images/p1.png: missing"),
+    "photo: a pipe": (remake(os.mkfifo), "p1.png: cannot be read as a picture (not a file)"),
+    "photo: a folder": (remake(Path.mkdir), "p1.png: cannot be read as a picture (not a file)"),
+    "photo: a program for Ghostscript": (write("images/p1.png", EPS), "as a picture (cannot identify image file"),
     "photo: nine tenths of a JPEG": (retype("jpg", keep=0.9), "p1.jpg: cannot be read"),
     "photo: PNG without its checksum and end": (retype("png", keep=-20), None),
     "photo: 400x15": (lambda f: write_pair(f, "p1", *reversed(blob(400, 15))), "is 400x15; it must be at least 16x16"),
