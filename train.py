@@ -101,7 +101,8 @@ def parse(argv=None):
         fixed -= {"size", "passes", "views", "void"}
     for name in sorted(fixed & typed.keys()):
         if typed[name] != saved[name]:
-            raise ValueError(f"--{name} {typed[name]}: {path} has {saved[name]}; leave it out, or begin a new run")
+            again = "leave it out, or begin a new run" + f" with its weights: --start {path}" * c.resume
+            raise ValueError(f"--{name} {typed[name]}: {path} has {saved[name]}; {again}")
     return Config(**saved | {"out": c.out} | typed)
 
 
@@ -206,9 +207,8 @@ def learn(c, net, folder, criterion, device, out, rank, world):
             if rank == 0:
                 write_log(log, asdict(c), out)
             save_as("last.pt", everything)
-            reached = f"loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}"
-            time_left = f"{(c.epochs - epoch) * seconds / 60:.0f} min left"
-            processes.print_once(f"epoch {epoch:3}/{c.epochs}  {reached}  {seconds:.1f} s, {time_left}")
+            reached = f"loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}  {seconds:.1f} s"
+            processes.print_once(f"epoch {epoch:3}/{c.epochs}  {reached}, {(c.epochs - epoch) * seconds / 60:.0f} min left")
             interrupts.obey(f"epoch {epoch}")
 
 
