@@ -56,6 +56,7 @@ def test_every_form_of_bench_returns_the_same_logits(monkeypatch, capsys):
 
 def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
     """Stand-ins for the device, its clock and the processes. What is printed and in which order is real."""
+    assert sum(seconds for seconds, _ in gpu.STEPS.values()) <= 540
     ran, fake, profile = [], MagicMock(), MagicMock()
     fake.Event.return_value.elapsed_time = lambda end: 1.0
     fake.memory_allocated.return_value = fake.max_memory_allocated.return_value = 2**20
@@ -64,38 +65,48 @@ def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
 
     def run_here(command, stdout, timeout=None, **how):
         ran.append(command[-1])
+        assert stdout == gpu.subprocess.PIPE or command[1] == "-u"  # every line at once
         if timeout == 1:
             raise gpu.subprocess.TimeoutExpired(command, timeout)
         with contextlib.redirect_stdout(stdout):
             gpu.STEPS.get(ran[-1], (0, nothing))[1]()
-        return SimpleNamespace(returncode=0, stdout="9 passed")
+        if "train.py" in command:
+            stdout.write("pass    mIoU   mPrec\n   1  0.7000  0.8000\n")
+        return SimpleNamespace(returncode=0, stdout="a5f0c1b2")
 
     nothing, same = lambda *_, **__: None, lambda net, **how: net
+    seconds, slower = gpu.time_forms, lambda name, ms: [t * (1 + (name == "fused")) for t in ms]
     for at, stand_ins in {
         gpu: dict(cuda=fake, profile=profile, Replayed=same, Graphed=same, WARM=0, ROUNDS=2, MEGABYTES=(64, 512),
                   DEVICE=torch.device("cpu"), MEGABYTE=2**9, SIZES=((1, 3, 16, 17), (2, 3, 16, 16)),
+                  time_forms=lambda forms: {name: slower(name, ms) for name, ms in seconds(forms).items()},
                   autocast_to=lambda dtype: contextlib.nullcontext()),
         torch: dict(compile=same), torch.compiler: dict(reset=nothing), gpu.subprocess: dict(run=run_here),
         gates_triton: dict(_runs_triton=lambda x: False),
     }.items():  # fmt: skip
         for name, value in stand_ins.items():
             monkeypatch.setattr(at, name, value)
-    for sanitizer in None, "/bin/compute-sanitizer":
+    for steps, sanitizer in (gpu.STEPS, None), ({"memcheck": gpu.STEPS["memcheck"]}, "/bin/compute-sanitizer"):
+        monkeypatch.setattr(gpu, "STEPS", steps)
         monkeypatch.setattr(shutil, "which", lambda name, at=sanitizer: at)
         gpu.spend_gpu_hour(tmp_path)
     text = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
     assert list(dict.fromkeys(ran)) == ["device", "tests", "gate or norm or network", "memcheck", "profile",
                                         "kernels", "network", "training", "edges_of_a_block and reset"]  # fmt: skip
-    assert all(part.endswith(" s\n") and "status 0" in part for part in text.values()) and len(text) == len(gpu.STEPS)
+    assert all(part.endswith(" s\n") and "status 0" in part for part in text.values()) and len(text) == 7
     assert text["profile"].count("kernels\n") == 16 and text["profile"].count("conv") == 160
     assert text["kernels"].count("of a copy") == 2 * 2 * (4 * 2 * 3 + 2 + 4 * 2)
-    assert text["network"].count("x   ") == 4 * 8 and text["training"].count("1.000x") == 2 * 7
-    assert sum(seconds for seconds, _ in gpu.STEPS.values()) <= 540
+    assert text["kernels"].count("100.0% of a copy") == 2 * 2 * 1 and text["kernels"].count("0.500 of") == 104
+    assert text["network"].count("1.000x") == 4 * 9 and text["training"].count("1.000x") == 2 * 6
+    assert text["network"].count("0.500x") == 4 * 1 and text["training"].count("0.500x") == 2 * 1
     monkeypatch.setattr(gpu, "STEPS", {"training": (1, nothing)})
     gpu.spend_gpu_hour(tmp_path / "late")
     assert "stopped at its limit" in (tmp_path / "late/training.txt").read_text()
     gpu.spend_gpu_hour(tmp_path / "train", training=True)
-    assert {path.name for path in (tmp_path / "train").iterdir()} == {"dru.txt", "unet-g.txt"}
+    assert {path.name for path in (tmp_path / "train").iterdir()} == {"dru.txt", "unet-g.txt", "runs.csv"}
+    head, *rows = (tmp_path / "train/runs.csv").read_text().splitlines()
+    assert head == tables.read_result("runs.csv")[0] and len(rows) == 2
+    assert re.fullmatch(r"train.py --data DRIVE/ .* --model dru,a5f0c1b,0,GPU,0.0,2,1,0.7000,0.8000", rows[0])
     fake.is_available.return_value = False
     assert [run("experiments.bench", way, tmp_path).returncode for way in ("--gpu", "--gpu-train")] == [1, 1]
 

@@ -174,15 +174,16 @@ DEEP = {  # depths of the encoder, and torchvision's number of its parameters wi
     "deeplabv3plus": RESNET50, "refinenet": RESNET101,
 }  # fmt: skip
 NAMED = [name for name in baselines.SYSTEMS if re.search(rf"^    .*\b{name}\b", baselines.__doc__, re.M)]
-SMALL = [name for name in baselines.SYSTEMS if name not in DEEP and "width" in baselines.options(name)]
 
 
 @pytest.mark.parametrize("name", baselines.SYSTEMS)
-def test_a_system_returns_its_passes_and_every_parameter_learns(name):
+def test_a_system_takes_any_size_returns_its_passes_and_every_parameter_learns(name):
     net = build(name, 3).eval()
-    masks = net(torch.randn(2, net.image_channels, 33, 49), 2)
-    assert [s.shape for s in masks] == [(2, 3, 33, 49)] * (2 if "passes" in baselines.options(name) else 1)
-    recurrent_loss(masks, torch.randint(3, (2, 33, 49)), 0.4).backward()
+    image = torch.randn(2, net.image_channels, 16, 49)  # the least height, and a width that is odd at every level
+    masks, longer = net(image, 2), net(image)
+    assert (len(masks), len(longer)) == ((2, 3) if "passes" in baselines.options(name) else (1, 1))
+    assert all(s.shape == (2, 3, 16, 49) for s in longer) and all(map(torch.equal, masks, longer))
+    recurrent_loss(masks, torch.randint(3, (2, 16, 49)), 0.4).backward()
     assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
 
 
@@ -193,15 +194,6 @@ def test_a_system_has_as_many_parameters_as_the_table_says(name):
     with torch.device("meta"):
         parameters = count_parameters(build(name, 2))
     assert {f"{parameters:,}", f"{parameters / 1e6:.2f}"} & set(re.split(", | and | ", shown)), (parameters, shown)
-
-
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("shape", [(64, 64), (16, 23), (71, 130)], ids=str)
-def test_systems_take_any_size_and_passes_do_not_change_the_past(name, shape):
-    net, image = build(name, 2, width=4).eval(), torch.randn(1, 3, *shape)
-    masks, longer = net(image), net(image, 5)
-    assert all(torch.equal(a, b) for a, b in zip(masks, longer)) and masks[0].shape[2:] == shape
-    assert (len(masks), len(longer)) == ((1, 1) if name.startswith("unet") else (3, 5))
 
 
 def test_batch_norm_is_where_group_norm_was():
@@ -350,7 +342,7 @@ def test_a_system_a_loss_and_an_augmentation_are_changed_in_one_place_each(train
     for command in learn, evaluate, ("-m", "pytest", "-q", "tests/test_paper.py", "-k", "forgetful"):
         done = process(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed" in done.stdout  # it has passes, learns, takes any size
+    assert "1 passed" in done.stdout  # it has passes, learns, takes any size
 
 
 def test_a_network_that_returns_a_tensor_gets_one_sentence():
