@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import FUZZ, blob, letter_f, raising, run, spoiled, write_checkpoint
 from hypothesis import given
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 import evaluate
@@ -147,6 +147,7 @@ def test_an_overlay_dims_the_background_and_tints_and_outlines_each_class():
 
 @pytest.mark.parametrize("owner, name, each, error, words", [
     (predict, "segment", 1, MemoryError(), "p1.png: out of memory"),
+    (ImageOps, "exif_transpose", 1, MemoryError(), "p1.png: out of memory"),
     (predict, "segment", 1, RuntimeError("not enough memory: tried to allocate 9 GB"), "p1.png: not enough memory"),
     (predict, "overlay", 1, RuntimeError("could not create a primitive"), "p1.png: could not create a primitive"),
     (os, "fsync", 2, OSError(28, "No space left"), "out/p1.png: could not be written ([Errno 28] No space left); its"),

@@ -305,6 +305,7 @@ HIDDEN.__context__ = OSError(28, "No space left on device")  # as torch's writer
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_leaves_what_was_there(trained, tmp_path, monkeypatch, capsys, name):
     (tmp_path / name).write_text("before")
+    (tmp_path / f".{name}.part").symlink_to(name)
     monkeypatch.setattr(os, "fsync", raising(HIDDEN))
     with pytest.raises(ValueError) if name != "samples" else nullcontext() as raised:  # a table matters more
         WRITERS[name](tmp_path / name, trained[0] / "run/best.pt")
@@ -515,7 +516,9 @@ def test_a_replayed_call_or_network_is_recorded_the_second_time(graphs):
     for other in (torch.ones(3, 2), 2), (torch.ones(2, 3), 5), (torch.ones(2, 3).double(), 2):  # shape, number, dtype
         for _ in range(3):
             assert all(torch.equal(a, b) for a, b in zip(replayed(*other), f(*other)))
-    assert len(graphs) == 4 and len(replayed.graphs) == 2
+    for other in 2 * [(torch.ones(2, 3), 5), (torch.ones(1), 1)]:  # the latest are kept
+        replayed(*other)
+    assert len(graphs) == 5 and len(replayed.graphs) == 2
     net, image = RecurrentUNet(width=2).eval(), torch.randn(1, 3, 20, 17)
     replayed, state = runtime.ReplayedNet(net), net.start(image)
     with torch.no_grad():
@@ -523,7 +526,7 @@ def test_a_replayed_call_or_network_is_recorded_the_second_time(graphs):
             torch.testing.assert_close(replayed(image, 2), net(image, 2))
             torch.testing.assert_close(replayed.step(image, state), net.step(image, state))
             state = net.step(image, state)[1]
-    assert len(graphs) == 6 and not hasattr(runtime.ReplayedNet(PlainUNet()), "step")
+    assert len(graphs) == 7 and not hasattr(runtime.ReplayedNet(PlainUNet()), "step")
 
 
 def test_a_recording_casts_the_weights_itself_and_waits_for_what_came_before(graphs, monkeypatch):
