@@ -205,11 +205,17 @@ def train_table():
 
 
 def video_table():
-    found, ways = {}, []
-    for frames, way, n, iou, per_second in csv.reader(read_result("video.csv")):
-        found.setdefault((frames, n), []).append(f"{float(iou):.3f} ({per_second})")
-        ways = list(dict.fromkeys([*ways, way]))
-    return markdown(["IoU (frames/s)", "test frames", *ways], [[*of, *cells] for of, cells in found.items()])
+    """By set: IoU, flicker in percent and frames a second of three passes, for each way to watch and to train."""
+    rows, lines = read_rows("video.csv"), []
+    for data, way in dict.fromkeys((row["set"], row["way"]) for row in rows):
+        cells = []
+        for how in dict.fromkeys(row["trained on"] for row in rows):
+            of = [row for row in rows if (row["set"], row["way"], row["trained on"]) == (data, way, how)]
+            cells.append(spread([float(row["IoU"]) for row in of]))
+            cells.append(f"{statistics.mean(100 * float(row['flicker']) for row in of):.2f}" if of else "awaited")
+        lines.append([data, way, *cells])
+    head = [f"{what}, trained on {how}" for how in ("photos", "motion") for what in ("IoU", "flicker in %")]
+    return markdown(["set", "way", *head], lines)
 
 
 def traffic_table():
