@@ -101,7 +101,7 @@ def fit(photos, how, seed, steps=300, batch=8, frames=3):
 # ---------------------------------------------------------------- 3. the videos
 
 
-def draw_clip(seed, frames=60):
+def draw_clip(seed, frames=48):
     """(photo, mask) of each frame: a hand moves over a desk and swings about its wrist. Halfway is a cut to another
     desk. Of three clips one has a hand that leaves and returns, and one a card that passes over it."""
     for frame in range(frames):
@@ -207,7 +207,7 @@ def main():
     torch.set_num_threads(1)
     keep_memory()
     roots = {}
-    for seed, name, how in itertools.product(SEEDS, SETS, TRAINED):
+    for seed, how, name in itertools.product(SEEDS, TRAINED, SETS):
         if (name, how, str(seed)) in {(row["set"], row["trained on"], row["seed"]) for row in read_rows("video.csv")}:
             continue
         began, roots[name] = time.time(), roots.get(name) or prepare(name, sys.argv[1])
