@@ -1,6 +1,6 @@
 """A video with one pass a frame and the state carried along: networks trained on photos, and on motion made from them.
 
-    python -m experiments.video DATA    train and watch what results/video.csv lacks
+    python -m experiments.video DATA    train and watch what results/video.csv lacks; draw figures/video.png
 
 DATA holds video_hand/ and video_davis/. DRU(4) trains for as many passes either way. Checkpoints are kept in
 runs/video/. You may stop it at any time: what is finished stays.
@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -23,9 +24,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import open_dataset
-from evaluate import Segmenter, confusion, load, scores, segment, segment_frame
+from evaluate import Segmenter, confusion, load, scores, segment, segment_frame, to_classes
+from experiments.figures import keep_figure, show_picture
 from experiments.tables import RESULTS, read_rows
 from paper.baselines import build
+from predict import overlay
 from rurnet import VOID, recurrent_loss
 from support.checkpoints import save
 from support.processes import share_of_batches
@@ -35,7 +38,7 @@ from support.toy import draw_hand_photo, draw_set
 # ---------------------------------------------------------------- 1. motion from photos
 
 
-def draw_maps(rng, frames, batch, pace=1.0, cuts=0.3):
+def draw_maps(rng, frames, batch, pace=1.0, cuts=0.15):
     """A smooth drift for each crop of a batch: maps (frames, batch, 2, 3) for affine_grid, light (frames, batch), and
     which crop each frame shows (frames, batch). After a cut it shows its neighbour in the batch."""
     speed = pace * rng.uniform(0, 1, (batch, 1)) * (0.06, 0.05, 0.08, 0.08, 0.03)  # a frame
@@ -70,11 +73,12 @@ def motion_loss(net, image, truth, maps, light, shown, alpha=0.4):
 
 # ---------------------------------------------------------------- 2. training
 
-SETS = {"toy clips": 48, "video_hand": 48, "video_davis": 64, "video_davis, new clips": 64}  # and the short side
+SETS = {"toy clips": (48, 600), "video_hand": (48, 300), "video_davis": (64, 300),
+        "video_davis, new clips": (64, 300)}  # and the short side, and how many steps of 8 crops
 TRAINED, SEEDS = ("photos", "motion"), (0, 1, 2)
 
 
-def fit(photos, how, seed, steps=300, batch=8, frames=3):
+def fit(photos, how, seed, steps, batch=8, frames=3):
     """A network and its running mean after the last step. On photos all passes look at the same crop. Motion begins
     with that, and grows to its full pace and number of cuts at the last step."""
     rng = np.random.default_rng(seed)
@@ -119,8 +123,11 @@ def draw_clip(seed, frames=48):
 
 def prepare(name, data):
     """The set as a folder with lists of its own: the toy set, tested on clips, or a link to what DATA holds."""
-    root = Path("runs/video") / re.sub(r"\W+", "_", name)
-    shutil.rmtree(root, ignore_errors=True)  # or half drawn
+    complete = Path("runs/video") / re.sub(r"\W+", "_", name)
+    if complete.exists():
+        return complete
+    root = complete.with_suffix(".part")
+    shutil.rmtree(root, ignore_errors=True)
     if name == "toy clips":
         draw_set(root, 200, seed=1)
         clips = {f"clip{clip}_{k:02d}": pair for clip in range(6) for k, pair in enumerate(draw_clip(clip))}
@@ -128,7 +135,7 @@ def prepare(name, data):
             photo.save(root / "images" / f"{frame}.jpg", quality=90)
             mask.save(root / "masks" / f"{frame}.png")
         (root / "test.txt").write_text("\n".join(clips))
-        return root
+        return root.rename(complete)
     root.mkdir(parents=True)
     for kind in "images", "masks":
         (root / kind).symlink_to((Path(data) / name.partition(",")[0] / kind).resolve())
@@ -144,7 +151,7 @@ def prepare(name, data):
             split_lists[split] += frames[a:b]
     for split, names in split_lists.items():
         (root / f"{split}.txt").write_text("\n".join(names))
-    return root
+    return root.rename(complete)
 
 
 def sequence_of(name):
@@ -185,10 +192,11 @@ def watch(model, photos):
 
 def train_and_watch(name, root, how, seed):
     """Train, keep the checkpoint, and return a row for each way to watch the test frames."""
-    photos = open_dataset(root, "train", SETS[name], augment=True, crop=48, seed=seed)
-    net, mean = fit(photos, how, seed)
+    size, steps = SETS[name]
+    photos = open_dataset(root, "train", size, augment=True, crop=48, seed=seed)
+    net, mean = fit(photos, how, seed, steps)
     about = {"network": {"name": "dru", "options": {}}, "classes": photos.classes}
-    about["input"] = {"size": SETS[name], "passes": 3, "views": 1}
+    about["input"] = {"size": size, "passes": 3, "views": 1}
     path = root.with_name(f"{root.name}_{how}_{seed}.pt")
     save(path, about | {"model": net.state_dict(), "ema": mean.state_dict()})
     git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
@@ -199,6 +207,26 @@ def train_and_watch(name, root, how, seed):
         rows[-1] |= {"IoU": f"{scores(matrix)['IoU']:.4f}", "flicker": f"{flickers / still:.5f}"}
         rows[-1]["ms"] = f"{1000 * seconds / len(frames):.2f}"
     return rows
+
+
+def draw_strip(root):
+    """Frames about the middle of the first clip: what they show, and the masks of either training, carried along."""
+    photos = open_dataset(root, "test")
+    first = [i for i, (name, *_) in enumerate(photos.pairs) if sequence_of(name) == sequence_of(photos.pairs[0][0])]
+    pictures, middle = [photos.pictures(i)[0] for i in first], len(first) // 2
+    rows = {"": pictures}
+    for how in TRAINED:
+        model, state, rows[f"trained on {how}"] = load(root.with_name(f"{root.name}_{how}_0.pt")), None, []
+        for photo in pictures:
+            mask, state = segment_frame(model, photo, state, to_classes)
+            rows[f"trained on {how}"].append(overlay(photo, mask))
+    rows = {title: row[max(0, middle - 3) :][:6] for title, row in rows.items()}
+    figure, axes = plt.subplots(3, len(rows[""]), figsize=(1.5 * len(rows[""]), 3.5), layout="constrained")
+    for line, (title, row) in zip(axes, rows.items()):
+        for ax, picture in zip(line, row):
+            show_picture(ax, picture)
+        line[0].set_title(title, loc="left")
+    keep_figure(figure, "video")
 
 
 def main():
@@ -220,6 +248,7 @@ def main():
         for row in rows:
             print(*row.values(), sep=", ", flush=True)
         print(f"{(time.time() - began) / 60:.1f} min", flush=True)
+    draw_strip(prepare(next(iter(SETS)), sys.argv[1]))
 
 
 if __name__ == "__main__":
