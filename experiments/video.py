@@ -38,7 +38,7 @@ from support.toy import draw_hand_photo, draw_set
 # ---------------------------------------------------------------- 1. motion from photos
 
 
-def draw_maps(rng, frames, batch, pace=1.0, cuts=0.15):
+def draw_maps(rng, frames, batch, pace=1.0, cuts=0.3):
     """A smooth drift for each crop of a batch: maps (frames, batch, 2, 3) for affine_grid, light (frames, batch), and
     which crop each frame shows (frames, batch). After a cut it shows its neighbour in the batch."""
     speed = pace * rng.uniform(0, 1, (batch, 1)) * (0.06, 0.05, 0.08, 0.08, 0.03)  # a frame
@@ -54,8 +54,10 @@ def draw_maps(rng, frames, batch, pace=1.0, cuts=0.15):
 
 
 def move(image, truth, maps, light):
-    """Images (B, 3, H, W) and masks (B, H, W) under one map each. What comes from outside is mirrored, and void."""
-    grid = F.affine_grid(maps, image.shape, align_corners=False)
+    """Images (B, 3, 2H, 2W) and masks under one map each, at half the size: a map would blur photos at full size, and
+    the network would know moved ones by that. What comes from outside is mirrored, and void."""
+    b, _, h, w = image.shape
+    grid = F.affine_grid(maps, (b, 1, h // 2, w // 2), align_corners=False)
     moved = F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
     labels = F.grid_sample(truth[:, None].float() + 1, grid, "nearest", align_corners=False)[:, 0].long() - 1
     return moved + light[:, None, None, None], torch.where(labels < 0, VOID, labels)
@@ -63,12 +65,13 @@ def move(image, truth, maps, light):
 
 def motion_loss(net, image, truth, maps, light, shown, alpha=0.4):
     """Eq. (7) over frames: pass t sees frame t, and is compared with that frame's own mask."""
-    state, loss = net.start(image), 0.0
-    for t, frame in enumerate(zip(shown, maps, light), 1):
-        seen, mask = move(image[frame[0]], truth[frame[0]], *frame[1:])
-        s, state = net.step(seen, state)
-        loss = loss + recurrent_loss([s], mask, 1) * alpha ** (len(maps) - t)
-    return loss
+    state, masks, truths = None, [], []
+    for k, *how in zip(shown, maps, light):
+        seen, labels = move(image[k], truth[k], *how)
+        s, state = net.step(seen, net.start(seen) if state is None else state)
+        masks, truths = [*masks, s], [*truths, labels]
+    weights = [alpha ** (len(masks) - t) for t in range(1, len(masks) + 1)]
+    return sum(weight * recurrent_loss([s], labels, 1) for weight, s, labels in zip(weights, masks, truths))
 
 
 # ---------------------------------------------------------------- 2. training
@@ -79,8 +82,8 @@ TRAINED, SEEDS = ("photos", "motion"), (0, 1, 2)
 
 
 def fit(photos, how, seed, steps, batch=8, frames=3):
-    """A network and its running mean after the last step. On photos all passes look at the same crop. Motion begins
-    with that, and grows to its full pace and number of cuts at the last step."""
+    """A network and its running mean after the last step. On photos nothing moves. Motion begins with that, and grows
+    to its full pace and number of cuts at the last step."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     net = for_device(build("dru", photos.classes), torch.device("cpu"))
@@ -90,10 +93,8 @@ def fit(photos, how, seed, steps, batch=8, frames=3):
     order = share_of_batches(len(photos), batch, seed, 1, steps, 0)  # more epochs than steps
     for step, chosen in zip(tqdm(range(steps), how, leave=False, disable=None), order):
         image, truth = map(torch.stack, zip(*(photos[k] for k in chosen)))
-        if how == "photos":
-            loss = recurrent_loss(net(image, frames), truth, 0.4)
-        else:
-            loss = motion_loss(net, image, truth, *draw_maps(rng, frames, len(image), step / steps))
+        pace = (how == "motion") * step / steps
+        loss = motion_loss(net, image, truth, *draw_maps(rng, frames, len(image), pace))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -193,7 +194,7 @@ def watch(model, photos):
 def train_and_watch(name, root, how, seed):
     """Train, keep the checkpoint, and return a row for each way to watch the test frames."""
     size, steps = SETS[name]
-    photos = open_dataset(root, "train", size, augment=True, crop=48, seed=seed)
+    photos = open_dataset(root, "train", 2 * size, augment=True, crop=96, seed=seed)
     net, mean = fit(photos, how, seed, steps)
     about = {"network": {"name": "dru", "options": {}}, "classes": photos.classes}
     about["input"] = {"size": size, "passes": 3, "views": 1}

@@ -15,6 +15,7 @@ import torch
 from conftest import HERE, SCRIPTS, blob, count_parameters, letter_f, process, run
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 import gates_triton
 import train
@@ -191,23 +192,21 @@ def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypa
 
 def test_a_moved_photo_and_its_moved_mask_stay_aligned():
     """Masks as photos: wherever a pixel counts, it must show its own class, in every frame and after a cut."""
-    masks = torch.stack([torch.from_numpy(np.array(letter_f()[1].resize((48, 48)).rotate(turn))) for turn in (0, 70)])
+    masks = torch.stack([torch.from_numpy(np.array(letter_f()[1].resize((96, 96)).rotate(turn))) for turn in (0, 70)])
     truth = masks.long()[[0, 1, 0, 1]]
     image = torch.stack([truth.float()] * 3, 1)
     for frames, cuts in (3, 0), (6, 1):
         maps, light, shown = video.draw_maps(np.random.default_rng(1), frames, 4, cuts=cuts)
         assert (shown[0] == torch.arange(4)).all() and (shown[-1] != shown[0]).all() == cuts
         seen = [video.move(image[k], truth[k], *how) for k, *how in zip(shown, maps, light)]
-        for k, bright, (photo, labels) in zip(shown, light, seen):
+        for bright, (photo, labels) in zip(light, seen):
             counts = labels != VOID
             wrong = (((photo - bright[:, None, None, None])[:, 0] > 0.5).long() != labels) & counts
-            assert counts.float().mean() > 0.7 and wrong.sum() < 0.01 * counts.sum()
+            assert counts.float().mean() > 0.7 and wrong.sum() < 0.02 * counts.sum()
         assert (seen[0][1] != seen[-1][1]).any((1, 2)).all()
-    still = video.draw_maps(np.random.default_rng(1), 3, 4, pace=0)
-    stays = [video.move(image[k], truth[k], *how) for k, *how in zip(still[2], *still[:2])]
-    assert all(torch.allclose(photo, image, atol=1e-5) and torch.equal(labels, truth) for photo, labels in stays)
-    net = RecurrentUNet(width=4)
-    torch.testing.assert_close(video.motion_loss(net, image, truth, *still), recurrent_loss(net(image), truth, 0.4))
+    still, net = video.draw_maps(np.random.default_rng(1), 3, 4, pace=0), RecurrentUNet(width=4)
+    want = recurrent_loss(net(F.avg_pool2d(image, 2)), truth[:, 1::2, 1::2], 0.4)
+    torch.testing.assert_close(video.motion_loss(net, image, truth, *still), want, rtol=0.02, atol=0)
 
 
 def test_a_watched_video_is_scored_as_photos_are(trained, monkeypatch):
