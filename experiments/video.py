@@ -76,7 +76,7 @@ def motion_loss(net, image, truth, maps, light, shown, alpha=0.4):
 
 # ---------------------------------------------------------------- 2. training
 
-SETS = {"toy clips": (48, 400), "video_hand": (48, 200), "video_davis": (64, 300),
+SETS = {"toy clips": (48, 400), "video_hand": (48, 300), "video_davis": (64, 300),
         "video_davis, new clips": (64, 200)}  # and the short side, and how many steps of 8 crops
 TRAINED, SEEDS = ("photos", "motion"), (0, 1, 2)
 
