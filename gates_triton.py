@@ -43,8 +43,6 @@ TRANSFERS = {  # fused, eager, and eager with torch.lerp(c, h, z) for eq. (5); t
 jit = triton.jit if triton is not None else lambda kernel: kernel
 
 # ---------------------------------------------------------------- what the kernels are made of
-
-
 @jit
 def _span(n, BLOCK: tl.constexpr):
     """The elements of this program, and which of them exist: the last block is ragged."""
@@ -83,8 +81,6 @@ def _tanh(x):
 
 
 # ---------------------------------------------------------------- update: h_t = z * h + (1 - z) * c
-
-
 @jit
 def _update_fwd(h_ptr, az_ptr, ac_ptr, out_ptr, n, BLOCK: tl.constexpr):
     i, inside = _span(n, BLOCK)
@@ -124,8 +120,6 @@ def plain_update(h, a_z, a_c):
 
 
 # ---------------------------------------------------------------- reset: r * e
-
-
 @jit
 def _reset_fwd(e_ptr, ar_ptr, out_ptr, n, BLOCK: tl.constexpr):
     i, inside = _span(n, BLOCK)
@@ -157,8 +151,6 @@ def plain_reset(e, a_r):
 
 
 # ---------------------------------------------------------------- norm and ReLU: max(0, (x - mean) * rstd * w + b)
-
-
 @jit
 def _group(x_ptr, w_ptr, b_ptr, groups, width, HW, EPS, WIDTH: tl.constexpr, PIXELS: tl.constexpr):
     """A sample's group, whole in one program, as a block of channels by pixels: where it starts, the places in it,
@@ -354,8 +346,6 @@ class _Norm(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- from tensors to kernels
-
-
 class _Fused(torch.autograd.Function):
     """A gate from its two kernels: fwd(inputs, out) and bwd(g, inputs, gradients); g is the gradient of out."""
 

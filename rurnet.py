@@ -33,8 +33,6 @@ from torch import nn
 from torch.nn import functional as F
 
 # ---------------------------------------------------------------- the gates
-
-
 def gated_update(h, a_z, a_c):
     """Keep or rewrite the state: z * h + (1 - z) * c with z = sigmoid(a_z), c = tanh(a_c). Eqs. (2), (4), (5)."""
     z, c = torch.sigmoid(a_z), torch.tanh(a_c)
@@ -47,7 +45,6 @@ def gated_reset(e, a_r):
 
 
 # ---------------------------------------------------------------- the U-Net
-
 ReLU = partial(nn.ReLU, inplace=True)  # safe: group norm's backward needs its input, ReLU's only its output
 
 
@@ -127,8 +124,6 @@ class PlainUNet(nn.Module):
 
 
 # ---------------------------------------------------------------- the recurrent units
-
-
 class DRU(nn.Module):
     """Dual-gated recurrent unit, eqs. (2)-(5): e (B, c_e, H, W), h (B, c_h, H, W) -> the next h, same shape.
 
@@ -161,8 +156,6 @@ class SRU(nn.Module):
 UNITS = {"dru": DRU, "sru": SRU}
 
 # ---------------------------------------------------------------- the recurrent network
-
-
 class RecurrentUNet(nn.Module):
     """A U-Net whose part below the l-th pooling is a recurrent unit, run several times over one image.
 
@@ -227,7 +220,6 @@ class RecurrentUNet(nn.Module):
 
 
 # ---------------------------------------------------------------- the loss over passes
-
 VOID = 255  # the class id of pixels that neither train nor count
 
 
@@ -238,6 +230,8 @@ def recurrent_loss(masks, truth, alpha, pixels=None):
     truth     class ids (B, H, W), int64; VOID does not count
     pixels    divide by this number, where processes share a batch; by default the pixels of truth that count
     """
+    if isinstance(masks, torch.Tensor):
+        raise ValueError(f"masks is a tensor {tuple(masks.shape)}; it must be a list of logits, one for each pass")
     pixels = (truth != VOID).sum() if pixels is None else pixels
     pixels = torch.as_tensor(pixels).clamp(min=1)  # a crop may be void everywhere; its loss is then 0, not 0/0
     losses = [F.cross_entropy(s, truth, ignore_index=VOID, reduction="sum") / pixels for s in masks]
@@ -245,8 +239,6 @@ def recurrent_loss(masks, truth, alpha, pixels=None):
 
 
 # ---------------------------------------------------------------- checks
-
-
 def five_widths(width):
     return tuple(width * 2**level for level in range(5))
 

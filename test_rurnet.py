@@ -13,9 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 import warnings
-from functools import partial
 from math import gcd
 from pathlib import Path
 from unittest import mock
@@ -50,8 +48,6 @@ def seed_of_zero():
 
 
 # ---------------------------------------------------------------- 1. the equations, in float64
-
-
 @law
 @given(shape=st.tuples(*[st.integers(1, n) for n in (2, 5, 7, 33)]), seed=seeds)
 def test_gates_equal_their_equations(shape, seed):
@@ -159,8 +155,6 @@ def test_loss_equals_its_equation(passes, alpha, seed):
 
 
 # ---------------------------------------------------------------- 2. the laws
-
-
 def test_parameter_counts():
     count = lambda net: sum(parameter.numel() for parameter in net.parameters())
     dru, sru = ([count(RecurrentUNet(2, unit, level)) for level in range(5)] for unit in ("dru", "sru"))
@@ -195,32 +189,11 @@ def test_one_more_pass_changes_no_earlier_mask_and_step_is_forward(unit, level):
 
 
 @each_network
-def test_a_mask_does_not_depend_on_its_batch_mates(unit, level):
-    net, images = RecurrentUNet(unit=unit, level=level, width=4).double(), torch.randn(3, 3, 32, 35).double()
-    for together, alone in zip(net(images)[-1], images):
-        torch.testing.assert_close(together, net(alone[None])[-1][0])
-
-
-@each_network
 def test_gradients_reach_every_parameter(unit, level):
     net = RecurrentUNet(unit=unit, level=level)
     recurrent_loss(net(torch.randn(2, 3, 48, 40)), torch.randint(2, (2, 48, 40)), 0.4).backward()
     dead = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not dead
-
-
-@pytest.mark.parametrize("build", [RecurrentUNet, partial(RecurrentUNet, unit="sru", level=2), PlainUNet])
-def test_training_makes_the_loss_fall(build):
-    net, truth = build(), torch.zeros(2, 32, 32, dtype=torch.long)
-    truth[0, 5:20, 8:30] = truth[1, 12:28, 3:17] = 1
-    image = torch.randn(2, 3, 32, 32) + truth[:, None]
-    optimiser, losses = torch.optim.AdamW(net.parameters(), lr=4e-3), []
-    for _ in range(25):
-        losses.append(recurrent_loss(net(image), truth, 0.4))
-        optimiser.zero_grad()
-        losses[-1].backward()
-        optimiser.step()
-    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_autocast_takes_images_in_half_precision():
@@ -247,6 +220,7 @@ def test_bad_calls_say_what_came_and_what_it_must_be():
         (lambda: net.step(image, (image, h)), r"state is \(\(1, 3, 32, 32\), .*needs \(\(1, 2, 32, 32\)"),
         (lambda: net.step(image, (mask, h[..., :1])), r"\(1, 16, 2, 1\)\), .*\(1, 16, 2, 2\)\)"),
         (lambda: PlainUNet()(image[0]), r"\(3, 32, 32\)"),
+        (lambda: recurrent_loss(mask, mask[:, 0].long(), 0.4), r"masks is a tensor \(1, 2, 32, 32\).*a list of logits"),
         (lambda: RecurrentUNet(classes=1), "classes is 1.*at least 2"),
         (lambda: RecurrentUNet(unit="gru"), "'gru'.*dru, sru"),
         (lambda: RecurrentUNet(level=5), "level is 5.*0 to 4"),
@@ -262,19 +236,13 @@ def test_bad_calls_say_what_came_and_what_it_must_be():
                 build(**{name: n})
 
 
-def run_python(code, at):
-    """In a new process, which imports from the folder `at` and runs outside of Triton's interpreter."""
-    code = f"import sys\nsys.path.insert(0, {str(at)!r})\n{textwrap.dedent(code)}"
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-I", "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_copies_work_alone_and_in_a_package_and_without_triton(tmp_path):
     (tmp_path / "package").mkdir()
     for name in "rurnet.py", "package/rurnet.py", "package/gates_triton.py":
         shutil.copy(HERE / Path(name).name, tmp_path / name)
-    run_python("""
+    code = """if True:
+        import sys
+        sys.path.insert(0, "")
         sys.modules["triton"] = None  # makes `import triton` fail
         import rurnet, torch
         image = torch.randn(1, 3, 20, 30)
@@ -290,12 +258,12 @@ def test_copies_work_alone_and_in_a_package_and_without_triton(tmp_path):
         fuse(net)
         assert net.unit.update is fused_update and net.unit.reset is fused_reset
         assert isinstance(net.outer.down[0][1], FusedNorm)
-        assert all(map(torch.equal, net(image), want))
-    """, tmp_path)  # fmt: skip
+        assert all(map(torch.equal, net(image), want))"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- 3. the kernels: the gates
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.backends.cudnn.allow_tf32 = False  # its rounding is larger than these tolerances
 needs_triton = pytest.mark.skipif(gates_triton.triton is None, reason="triton is not installed")
@@ -394,16 +362,6 @@ def test_fused_gate_is_the_gate(fused, plain, shape, dtype, layouts, needed, sca
 def test_fused_gate_at_the_edges_of_a_block(fused, plain, shape):
     g, *inputs = torch.randn(1 + len(inputs_of(plain)), *shape, device=DEVICE)
     check_gate(fused, plain, inputs, g)
-
-
-@each_gate
-def test_fused_gate_passes_gradcheck(fused, plain):
-    """Numerical differentiation needs float64 throughout: a single float32 inside the kernel fails it."""
-    check_gate(fused, plain)
-    inputs = [torch.randn(3, 5, device=DEVICE).double().requires_grad_() for _ in inputs_of(plain)]
-    assert torch.autograd.gradcheck(fused, inputs)
-    with pytest.raises(RuntimeError, match="differentiated once"):  # and not a second derivative of zero
-        torch.autograd.grad(fused(*inputs).sum(), inputs, create_graph=True)
 
 
 @needs_triton
@@ -524,8 +482,10 @@ def test_fused_gate_saves_its_inputs_for_backward_and_nothing_else(fused, plain)
     saved, inputs = [], [torch.randn(1 + k % 2, 3, device=DEVICE) for k in range(len(inputs_of(plain)))]
     inputs = [x.expand(2, 3).requires_grad_() for x in inputs]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        fused(*inputs)
+        out = fused(*inputs)
     assert [x.data_ptr() for x in saved] == [x.data_ptr() for x in inputs]  # no copies
+    with pytest.raises(RuntimeError, match="differentiated once"):  # and not a second derivative of zero
+        torch.autograd.grad(out.sum(), inputs, create_graph=True)
 
 
 @each_gate
@@ -538,22 +498,7 @@ def test_a_gradient_that_nobody_needs_gets_no_memory(fused, plain, monkeypatch):
             assert [x is not None for x in launched[-1][-len(needed):]] == list(needed)
 
 
-@pytest.mark.skipif(not gates_triton.INTERPRETED, reason="chooses the program, as a GPU does not allow")
-def test_offsets_do_not_wrap_at_2_to_the_31():
-    """The first programs past 2^31 elements, without the elements."""
-    from triton.runtime.interpreter import interpreter_builder
-
-    for program in 2**21 - 1, 2**21, 2**23:
-        interpreter_builder.set_grid_dim(2**24, 1, 1)
-        interpreter_builder.set_grid_idx(program, 0, 0)
-        i, mask = gates_triton._span(2**31 + 5, 1024)
-        assert (i.handle.data == program * 1024 + np.arange(1024)).all()
-        assert mask.handle.data.sum() == {2**21 - 1: 1024, 2**21: 5, 2**23: 0}[program]
-
-
 # ---------------------------------------------------------------- 3. the kernels: the norm
-
-
 @needs_triton
 @law
 @given(
@@ -628,23 +573,6 @@ def test_a_norms_grid_has_one_axis_and_few_parts(shape, kernels, monkeypatch):
 
 
 # ---------------------------------------------------------------- 3. the kernels: units and networks
-
-
-@needs_triton
-def test_a_fused_unit_is_the_unit():
-    e, h, g = (torch.randn(2, *size, device=DEVICE) for size in [(2, 9, 11), (6, 1, 1), (6, 9, 11)])
-    plain, fused = DRU(2, 6).to(DEVICE), fuse(DRU(2, 6).to(DEVICE))
-    fused.load_state_dict(plain.state_dict())
-    results = []
-    for unit in fused, plain:
-        inputs = e.contiguous(memory_format=torch.channels_last).requires_grad_(), h.clone().requires_grad_()
-        out = unit(inputs[0], inputs[1].expand(2, 6, 9, 11))  # one state for all pixels
-        results.append([out, *torch.autograd.grad(out, [*inputs, *unit.parameters()], g)])
-    names = "h_t", "de", "dh", *(name for name, _ in plain.named_parameters())
-    # float32 through five convolutions: the gate's 1e-7 grows in gradients, which are sums over 200 pixels.
-    assert_all_close(names, *results, rtol=1e-4, atol=1e-5)
-
-
 def test_a_fused_network_is_the_network():
     plain, fused = (RecurrentUNet(level=3, width=2, hidden=4).to(DEVICE) for _ in range(2))
     fused.load_state_dict(plain.state_dict())
@@ -652,10 +580,13 @@ def test_a_fused_network_is_the_network():
     norms = [m for m in fused.modules() if isinstance(m, nn.GroupNorm)]
     relus = [sum(isinstance(m, nn.ReLU) for m in net.modules()) for net in (plain, fused)]
     assert {type(m) for m in norms} == {FusedNorm} and relus == [sum(m.relu for m in norms), 0]
-    assert fused.state_dict().keys() == plain.state_dict().keys()
-    image = torch.randn(1, 3, 18, 21, device=DEVICE)
+    image, results = torch.randn(1, 3, 18, 21, device=DEVICE, requires_grad=True), []
     state = [torch.randn_like(x) for x in plain.start(image)]  # of a pass in the middle
-    torch.testing.assert_close(fused.step(image, state), plain.step(image, state), rtol=1e-4, atol=1e-4)
+    for net in fused, plain:
+        s, (_, h) = net.step(image, state)
+        inputs = {"image": image} | dict(net.named_parameters())
+        results.append([s, h, *torch.autograd.grad(s.square().sum(), inputs.values())])
+    assert_all_close(["s", "h", *inputs], *results, rtol=1e-4, atol=1e-4)
 
 
 def test_fuse_swaps_what_it_knows_and_leaves_the_rest(monkeypatch):

@@ -63,7 +63,7 @@ class Config:
     seed: int = knob(0, "of weights, order and augmentation", (0, 10**9))
     workers: int = knob(-1, "processes that load photos; -1: none on a CPU, 4 for a GPU", (0, 256))
     start: str = knob("", "checkpoint whose weights a new run begins with")
-    resume: bool = knob(False, "go on from last.pt in --out")
+    resume: bool = knob(False, "go on from last.pt in --out; with other settings, --start it in a new run")
     evaluate: str = knob("", "print the table of this checkpoint; train nothing")
 
     def __post_init__(self):
@@ -206,9 +206,9 @@ def learn(c, net, folder, criterion, device, out, rank, world):
             if rank == 0:
                 write_log(log, asdict(c), out)
             save_as("last.pt", everything)
-            reached = f"loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}"
-            time_left = f"{(c.epochs - epoch) * seconds / 60:.0f} min left"
-            processes.print_once(f"epoch {epoch:3}/{c.epochs}  {reached}  {seconds:.1f} s, {time_left}")
+            reached = f"loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}  {seconds:.1f} s"
+            left = f"{(c.epochs - epoch) * seconds / 60:.0f} min left"
+            processes.print_once(f"epoch {epoch:3}/{c.epochs}  {reached}, {left}")
             interrupts.obey(f"epoch {epoch}")
 
 

@@ -99,7 +99,6 @@ def alone(kind, name):
 
 
 # ---------------------------------------------------------------- --table
-
 ROWS = [*SYSTEMS, "sru(0)", "dru(0)"]
 
 
@@ -127,8 +126,6 @@ def print_systems(rounds):
 
 
 # ---------------------------------------------------------------- --infer
-
-
 def plain_dru():
     torch.manual_seed(0)
     return RecurrentUNet()
@@ -179,7 +176,6 @@ def compare_inference(rounds):
 
 
 # ---------------------------------------------------------------- --train
-
 TRAINING = {  # form: the network as it is trained
     "plain": plain_dru,
     "plain, again": plain_dru,
@@ -203,8 +199,6 @@ def compare_training(rounds):
 
 
 # ---------------------------------------------------------------- --traffic
-
-
 class Traffic(TorchDispatchMode):
     """Bytes that a forward pass reads and writes, and the kernels that a GPU launches for it."""
 

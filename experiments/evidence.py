@@ -25,7 +25,7 @@ import train
 from data import open_dataset, survey
 from evaluate import evaluate_split, load, scores
 from experiments import tables
-from experiments.ablations import ABLATIONS, BUILD, WAYS
+from rurnet import RecurrentUNet
 from support.checkpoints import read_checkpoint
 
 DATA = {  # what a step sees is the same for every system
@@ -36,6 +36,29 @@ DATA = {  # what a step sees is the same for every system
 }
 SYSTEMS = {system: dict(model=name.removesuffix("(0)"), level=0 if name.endswith("(0)") else 4)
            for system, name in tables.BENCH.items()}  # fmt: skip
+
+
+class Detached(RecurrentUNet):
+    """Every pass is taught, none through the passes before it."""
+
+    def step(self, image, state):
+        return super().step(image, tuple(x.detach() for x in state))
+
+
+class OneDrawn(RecurrentUNet):
+    """In training, only the last of 1 to `passes` passes is taught: how many is drawn for every batch."""
+
+    def forward(self, image, passes=None):
+        if not self.training:
+            return super().forward(image, passes)
+        state = self.start(image)
+        with torch.no_grad():
+            for _ in range(torch.randint(passes or self.passes, ())):
+                _, state = self.step(image, state)
+        return [self.step(image, state)[0]]
+
+
+WAYS = {"detached": Detached, "one drawn": OneDrawn, "one drawn, 2 x steps": OneDrawn}  # of training DRU(4)
 
 
 @dataclass
@@ -53,18 +76,16 @@ class Run:
     def net(self):
         """A network that a Config cannot describe, or None."""
         torch.manual_seed(self.seed)
-        return BUILD[self.system](2) if self.system in BUILD else None
+        return WAYS[self.system](2) if self.system in WAYS else None
 
 
 def all_runs():
-    """By seed; of one seed those of all datasets before the ablations, which are on DRIVE and hgr alone."""
-    systems = [name for name in SYSTEMS if not name.endswith("(0)")] + ["N = 1", "SRU(0)", "DRU(0)"]
-    ablations = [name for name in ABLATIONS if name != "N = 1"]
+    """By seed, the systems on all datasets before the ways of training."""
+    systems = SYSTEMS | {"N = 1": dict(passes=1)}
     for seed in 0, 1, 2:
         order = [(name, data) for name in systems for data in DATA]
-        order += [(name, data) for name in WAYS for data in ("hgr", "DRIVE", "roads")]
-        for name, data in order + [(name, data) for name in ablations for data in ("hgr", "DRIVE")]:
-            flags = DATA[data] | (SYSTEMS | ABLATIONS).get(name, {})
+        for name, data in order + [(name, data) for name in WAYS for data in DATA if data != "camvid"]:
+            flags = DATA[data] | systems.get(name, {})
             flags["epochs"] *= int(times[1]) if (times := re.search(r"(\d) x steps", name)) else 1
             out = "runs/evidence/" + re.sub(r"\W+", "_", f"{data}, {name}, seed {seed}")
             yield Run(data, name, seed, train.Config(data=data, seed=seed, out=out, **flags))
@@ -73,7 +94,7 @@ def all_runs():
 def command_of(run):
     chosen = {name: value for name, value in vars(run.config).items() if value != getattr(train.Config, name)}
     words = [f"--{name} {value}".removesuffix(".0") for name, value in chosen.items()]
-    note = f"    (its network: BUILD[{run.system!r}] of experiments/ablations.py)" * (run.system in BUILD)
+    note = f"    (its network: WAYS[{run.system!r}] of experiments/evidence.py)" * (run.system in WAYS)
     return " ".join(["python train.py", *words]) + note
 
 
@@ -89,14 +110,15 @@ def train_and_test(run, root):
     folder = survey(c.data, c.void)
     train.train(c, run.net, folder)
     model, photos = load(out / "best.pt", net=run.net), open_dataset(folder, "test")
-    model.passes = 5 if run.system in (*ABLATIONS, *WAYS, "DRU(4)") else 3
+    model.passes = 5 if run.system in (*WAYS, "N = 1", "DRU(4)") else 3
     tested = [scores(matrix) for matrix in evaluate_split(model, photos)[0]]
     log, n = read_checkpoint(out / "last.pt")["log"], len(folder.pairs["train"])
     best = max(row[max(k for k in row if k.startswith("mIoU"))] for row in log)
     names = "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1"
     return dict(
         data=run.data, system=run.system, seed=run.seed,
-        commit=commit(), parameters=sum(p.numel() for p in model.parameters()), steps=c.epochs * (n * -(-400 // n) // c.batch),
+        commit=commit(), parameters=sum(p.numel() for p in model.parameters()),
+        steps=c.epochs * (n * -(-400 // n) // c.batch),
         minutes=f"{sum(row['seconds'] for row in log) / 60:.1f}", val_mIoU=f"{best:.4f}",
         **{name: " ".join(f"{row[name]:.4f}" for row in tested if name in row) for name in names},
     )  # fmt: skip

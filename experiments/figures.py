@@ -188,8 +188,6 @@ def draw_looking():
 
 
 # ---------------------------------------------------------------- what a trained network does
-
-
 def load_example():
     """The network that README's first command trains, and the test photos of its data."""
     try:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import cuda
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from gates_triton import TRANSFERS, FusedNorm, fuse, fused_reset, fused_update, plain_reset, plain_update
@@ -109,15 +111,13 @@ def captured(calls):
 
 
 # ---------------------------------------------------------------- the steps of --gpu
-
-
 def describe_device():
     print(sys.version, torch.__version__, torch.version.cuda, torch.backends.cudnn.version())
     print(cuda.get_device_properties(DEVICE))
     print(f"TF32: convolutions {torch.backends.cudnn.allow_tf32}, products {torch.backends.cuda.matmul.allow_tf32}")
 
 
-def run_tests(*before, only="gate or norm or unit or network"):
+def run_tests(*before, only="gate or norm or network"):
     """The kernels' tests, which run compiled where there is a GPU."""
     command = [*before, sys.executable, "-m", "pytest", "-q", "test_rurnet.py", "-k", only]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -162,7 +162,7 @@ def profile_network():
 
 def norm_forms(groups, channels):
     module = FusedNorm(torch.nn.GroupNorm(groups, channels), relu=True)  # the calls bring weight and bias
-    plain = lambda x, w, b: torch.nn.functional.group_norm(x, groups, w, b).relu_()
+    plain = lambda x, w, b: F.group_norm(x, groups, w, b).relu_()
     return (lambda x, w, b: torch.func.functional_call(module, {"weight": w, "bias": b}, x)), plain
 
 
@@ -202,10 +202,13 @@ def time_kernels():
 def time_network():
     """Before that, how far the masks are from the plain ones: TF32 and bf16 round to about three digits."""
     for size, dtype in itertools.product(SIZES, BOTH):
-        x, plain, fused, last = torch.rand(size, device=DEVICE), *(dru().eval() for _ in range(3))
-        fuse(fused), last.to(memory_format=torch.channels_last)
+        x, plain, fused = torch.rand(size, device=DEVICE), dru().eval(), fuse(dru().eval())
+        last = lambda net: Replayed(net.eval().to(DEVICE, memory_format=torch.channels_last))
+        light, wide = last(dru().to(dtype)), last(RecurrentUNet(image_channels=6))
         nets = {"plain": plain, "plain, again": plain, "plain, replayed": Replayed(plain), "fused": fused,
-                "fused, replayed": Replayed(fused), "channels last, replayed": Replayed(last)}  # fmt: skip
+                "fused, replayed": Replayed(fused), "channels last, replayed": last(dru()),
+                "the same, weights cast once": lambda x: light(x.to(dtype)),
+                "the same, 6 + 2 channels in": lambda x: wide(F.pad(x, (0, 0, 0, 0, 0, 3)))}  # fmt: skip
         for name, mode in ("compile", "default"), ("compile, CUDA graphs", "reduce-overhead"):
             nets[name] = torch.compile(dru().eval(), dynamic=False, mode=mode)
         with torch.no_grad(), autocast_to(dtype):
@@ -232,31 +235,44 @@ STEPS = {  # seconds, what it does; together less than 9 minutes
     "training": (70, time_training),
 }  # fmt: skip
 DRIVE = "--data DRIVE/ --size 565 --crop 160 --rotate 180 --epochs 28 --views 2".split()
+RUNS = "command,commit,seed,threads,minutes,views,pass,mIoU,mPrec,mRec,mF1,IoU,F1,BEP"
 
 
 def run_limited(command, seconds, path):
-    """Run a command; its lines are in the file as soon as they are printed."""
-    began = time.time()
+    """Run a command; its lines are in the file as soon as they are printed. Return the minutes that it took."""
+    began = time.monotonic()
     with path.open("w") as file:
         try:
             how = dict(cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds)
-            status = subprocess.run(command, **how).returncode
+            status = subprocess.run([sys.executable, "-u", *command], **how).returncode
         except subprocess.TimeoutExpired:
             status = "stopped at its limit"
-        print(f"{path.name}: status {status}, {time.time() - began:.0f} s", file=file)
+        took = time.monotonic() - began
+        print(f"{path.name}: status {status}, {took:.0f} s", file=file)
     print(path.read_text().splitlines()[-1], flush=True)
+    return took / 60
+
+
+def train_on_drive(out, model):
+    """Train and test. The table that train.py prints becomes rows of out/runs.csv, in the columns of results/."""
+    command = ["train.py", *DRIVE, "--model", model]
+    minutes = run_limited([*command, "--out", str(out.resolve() / model)], 265, out / f"{model}.txt")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout[:7]
+    with (out / "runs.csv").open("a") as file:
+        if not file.tell():
+            print(RUNS, file=file)
+        for row in re.findall(r"^ +\d+(?:  \d\.\d{4})+$", (out / f"{model}.txt").read_text(), re.M):
+            print(" ".join(command), commit, 0, "GPU", f"{minutes:.1f}", 2, *row.split(), sep=",", file=file)
 
 
 def spend_gpu_hour(out, training=False):
     if not cuda.is_available():
         raise ValueError("--gpu and --gpu-train need a CUDA GPU, which this machine lacks")
     out.mkdir(parents=True, exist_ok=True)
-    python = [sys.executable, "-u"]
     for model in ("dru", "unet-g") if training else ():
-        command = [*python, "train.py", *DRIVE, "--model", model, "--out", str(out.resolve() / model)]
-        run_limited(command, 265, out / f"{model}.txt")
+        train_on_drive(out, model)
     for name, (seconds, _) in STEPS.items() if not training else ():
-        run_limited([*python, "-m", "experiments.gpu", name], seconds, out / f"{name}.txt")
+        run_limited(["-m", "experiments.gpu", name], seconds, out / f"{name}.txt")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import csv
 import re
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -91,40 +92,6 @@ def looking_table():
     return markdown(["", *columns], lines)
 
 
-def longer_table():
-    """Single runs: DRU(4) after each pass; the plain U-Net after as many steps, and after three times as many."""
-    lines, rows = [], read_rows("runs.csv")
-    for folder, name in zip(("DRIVE/", "hgr/", "roads/", "CamVid/"), NAMED.values()):
-        cells = {}  # {(is it a U-Net, epochs): scores after each pass}
-        for row in rows:
-            if f"--data {folder}" in row["command"]:
-                epochs = re.search(r"--epochs (\d+)", row["command"])
-                key = "unet-g" in row["command"], int(epochs[1]) if epochs else 30
-                cells.setdefault(key, []).append(f"{float(row[name.split()[-1]]):.3f}")
-        epochs = min((n for plain, n in cells if not plain), default=0)
-        plain = [cells.get((True, n * epochs), ["awaited"])[0] for n in (1, 3)]
-        lines.append([name, *cells.get((False, epochs), ["awaited"] * 3), *plain])
-    return markdown(["", "DRU(4), pass 1", "pass 2", "pass 3", "U-Net-G", "U-Net-G, 3 x steps"], lines)
-
-
-def passes_table():
-    """Means after 1 to 5 test passes, by the number of passes in training."""
-    heads, lines = [f"{NAMED[data]}, {t} in the test" if t == 1 else t for data in ABLATED for t in range(1, 6)], []
-    for n in range(1, 6):
-        system = "DRU(4)" if n == 3 else f"N = {n}"
-        lines.append([n, *(mean_of(scores_of(data, system, t)) for data in ABLATED for t in range(1, 6))])
-    return markdown(["passes in training", *heads], lines)
-
-
-def alpha_table():
-    lines = []
-    for name, system in ("0.4", "DRU(4)"), ("0.7", "alpha = 0.7"), ("1", "alpha = 1"):
-        lines.append([name, *(spread(scores_of(data, system, t)) for data in ABLATED for t in (1, 3))])
-    once = [spread(scores_of(data, "N = 1", 1)) for data in ABLATED]
-    lines.append(["trained for one pass", once[0], "", once[1], ""])
-    return markdown(["alpha", *(f"{NAMED[data]}, pass {t}" for data in ABLATED for t in (1, 3))], lines)
-
-
 def changes_table():
     systems = {
         "nothing": "DRU(4)", **{f"level l = {level}": f"l = {level}" for level in (3, 2, 1)}, "level l = 0": "DRU(0)",
@@ -139,32 +106,17 @@ def changes_table():
     return markdown(["what changes in DRU(4)", "parameters", *(NAMED[data] for data in ABLATED)], lines)
 
 
-def norm_table():
-    sets = {"hands": "toy set: `hands/ 84 84`", "hgr": "HGR: `hgr/ 84 84`", "DRIVE": "DRIVE: `DRIVE/ 565 112`",
-            "roads": "roads: `roads/ 400 112`"}  # fmt: skip
-    found = {}
-    for data, norm, _, iou in csv.reader(read_result("norm.csv")):
-        found.setdefault((data, norm), []).append(float(iou))
-    norms = dict.fromkeys(norm for _, norm in found)
-    lines = [[title, *(spread(found.get((data, norm), [])) for norm in norms)] for data, title in sets.items() if norms]
-    return markdown(["", *norms], lines)
-
-
-def start_table():
-    found = {}
-    for _, how, _, *values in csv.reader(read_result("start.csv")):
-        found.setdefault(how, []).append([float(value) for value in values])
-    lines = []
-    for how, seeds in found.items():
-        first, second, third = zip(*seeds)
-        words = [word.split()[-1] for word in how.split(", ")]
-        lines.append([*words, mean_of(first), mean_of(second), spread(third)])
-    return markdown(["fed back", "s_0", "h_0", "pass 1", "pass 2", "pass 3"], lines)
+def trial_table(trial):
+    """A row for each way, a pair of columns for each set: validation, by which one chooses, and test."""
+    rows = [row for row in read_rows("trials.csv") if row["trial"] == trial and row["way"] != "its base"]
+    sets, ways = (list(dict.fromkeys(row[name] for row in rows)) for name in ("data", "way"))
+    of = lambda data, way, name: [float(r[name]) for r in rows if (r["data"], r["way"]) == (data, way)]
+    cells = lambda data, way: (mean_of(of(data, way, "val_IoU")), spread(of(data, way, "IoU")))
+    heads = [head for data in sets for head in (f"{data}, validation", f"{data}, test")]
+    return markdown(["IoU", *heads], [[way, *(cell for data in sets for cell in cells(data, way))] for way in ways])
 
 
 # ---------------------------------------------------------------- speed
-
-
 def read_systems():
     """What bench --table printed: name, parameters, GFLOP, ms, low, "to", high, frames/s, MB."""
     return [words for words in map(str.split, read_result("table.txt")[3:]) if len(words) == 9]
@@ -205,26 +157,28 @@ def train_table():
 
 
 def video_table():
-    """By set: IoU, flicker in percent and frames a second of three passes, for each way to watch and to train."""
-    rows, lines = read_rows("video.csv"), []
-    for data, way in dict.fromkeys((row["set"], row["way"]) for row in rows):
-        cells = []
-        for how in dict.fromkeys(row["trained on"] for row in rows):
-            of = [row for row in rows if (row["set"], row["way"], row["trained on"]) == (data, way, how)]
-            cells.append(spread([float(row["IoU"]) for row in of]))
-            cells.append(f"{statistics.mean(100 * float(row['flicker']) for row in of):.2f}" if of else "awaited")
-        lines.append([data, way, *cells])
-    head = [f"{what}, trained on {how}" for how in ("photos", "motion") for what in ("IoU", "flicker in %")]
-    return markdown(["set", "way", *head], lines)
+    """By set and training, for each way to watch: IoU, and flicker in percent; then how fast the ways are."""
+    rows = read_rows("video.csv")
+    ways, lines = list(dict.fromkeys(row["way"] for row in rows)), []
+    for of in dict.fromkeys((row["set"], row["trained on"]) for row in rows):
+        found = [[row for row in rows if (row["set"], row["trained on"], row["way"]) == (*of, way)] for way in ways]
+        flicker = [statistics.mean(100 * float(row["flicker"]) for row in of_way) for of_way in found]
+        ious = [spread([float(row["IoU"]) for row in of_way]) for of_way in found]
+        lines.append([", trained on ".join(of), *(f"{iou}; {f:.2f}%" for iou, f in zip(ious, flicker))])
+    of_way = lambda way: [float(row["ms"]) for row in rows if row["way"] == way]
+    times = [statistics.median(a / b for a, b in zip(of_way(ways[0]), of_way(way))) for way in ways]
+    lines += [["times as fast", *(f"{value:.2f}" for value in times)]] * bool(rows)
+    return markdown(["IoU; flicker", *ways], lines)
 
 
 def traffic_table():
     return "\n".join(["```text", *(read_result("traffic.txt") or ["awaited"]), "```"])
 
 
-MAKERS = (finding_table, evidence_table, looking_table, longer_table, changes_table, passes_table, alpha_table,
-          norm_table, start_table, systems_table, infer_table, train_table, video_table, traffic_table)  # fmt: skip
+MAKERS = (finding_table, evidence_table, looking_table, changes_table, systems_table, infer_table, train_table,
+          video_table, traffic_table)  # fmt: skip
 MAKE = {maker.__name__.removesuffix("_table"): maker for maker in MAKERS}
+MAKE |= {trial: partial(trial_table, trial) for trial in ("rare", "start", "longer")}
 
 
 def fill_tables(text):

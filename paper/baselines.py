@@ -32,8 +32,6 @@ from rurnet import (DRU, DoubleConv, PlainUNet, RecurrentUNet, UNet, Up, check_c
 from support.checkpoints import read_tensors
 
 # ---------------------------------------------------------------- the U-Net with one thing changed
-
-
 def unet_b(classes, width=8, image_channels=3):
     """U-Net-B: batch norm in place of every group norm."""
     net = PlainUNet(classes, width, image_channels)
@@ -116,8 +114,6 @@ class RecLast(nn.Module):
 
 
 # ---------------------------------------------------------------- ImageNet's encoders, under torchvision's names
-
-
 class VGG16(nn.Module):
     """The convolutions of VGG-16: (B, c_in, H, W) -> (B, 512, H/32, W/32) and the five skips before the poolings."""
 
@@ -214,8 +210,6 @@ def load_encoder(encoder, path):
 
 
 # ---------------------------------------------------------------- U-Nets and DRUs around them
-
-
 class Around(nn.Module):
     """A decoder of the paper's kind around an encoder, with 512 channels between; called as rurnet.UNet."""
 
@@ -285,8 +279,6 @@ class NarrowDRU(DRU):
 
 
 # ---------------------------------------------------------------- the heavy one-shot networks
-
-
 def conv(c_in, c_out, size=3, dilation=1):
     """Convolution, group norm, ReLU. Unlike batch norm, group norm can train on a single photo."""
     layer = nn.Conv2d(c_in, c_out, size, padding=dilation * (size // 2), dilation=dilation, bias=False)
@@ -372,7 +364,6 @@ class RefineNet(nn.Module):
 
 
 # ---------------------------------------------------------------- all by name
-
 SYSTEMS = {
     "unet-b": unet_b,
     "unet-g": PlainUNet,

@@ -19,7 +19,6 @@ def read_bright(path):
 
 
 # ---------------------------------------------------------------- hands
-
 HANDS = ("background", "hand")
 EGOHANDS = {  # the main split of the dataset; every other video trains
     "val": "CARDS_LIVINGROOM_S_H CHESS_COURTYARD_H_S JENGA_COURTYARD_T_S PUZZLE_OFFICE_S_T",
@@ -127,8 +126,6 @@ def kbh(root):
 
 
 # ---------------------------------------------------------------- vessels, roads, streets
-
-
 def read_drive(manual, view):
     labels, inside = read_bright(manual), read_bright(view)
     if labels.shape != inside.shape:

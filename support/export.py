@@ -1,4 +1,4 @@
-"""The network as ONNX, for any batch and size."""
+"""The network as ONNX, for any batch and size. Its metadata says the short side and the number of classes."""
 
 import io
 import warnings
@@ -49,6 +49,7 @@ def export(model, path, producer="rurnet"):
         raise ValueError(f"{path}: not written; {first_line(error)}") from None
     onnx_model = onnx.load_from_string(content.getvalue())
     onnx_model.producer_name = producer
+    onnx.helper.set_model_props(onnx_model, {"short_side": str(model.size), "classes": str(model.classes)})
     with new_file(path) as file:
         file.write(onnx_model.SerializeToString())
     return max(differences)

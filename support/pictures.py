@@ -31,25 +31,21 @@ def open_picture(path, small=False):
             picture.draft("RGB", (64, 64))
         ImageOps.exif_transpose(picture, in_place=True)
         picture.load()
+        if picture.mode.startswith("I") and not 0 <= np.min(picture) <= np.max(picture) < 2**16:
+            raise ValueError("more than 16 bits a pixel")
         sideways = turn in (5, 6, 7, 8) and picture.format != "TIFF"  # of a TIFF Pillow turns the size itself
         picture.turn, picture.whole, picture.pages = turn, (h, w) if sideways else (w, h), pages
         return picture
     except Exception as error:  # a broken file raises any of a dozen kinds of exception in Pillow
-        raise unreadable(path, error or type(error).__name__) from None
-
-
-def unreadable(path, why):
-    return ValueError(f"{path}: cannot be read as a picture ({why}); save it again as JPEG or PNG")
+        why = error or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as a picture ({why}); save it again as JPEG or PNG") from None
 
 
 def read_photo(path):
     """Any photograph as an RGB picture: grey, palette, transparent, 16-bit."""
     photo = open_picture(path)
     if photo.mode.startswith("I"):  # Pillow would clip 16 bits at 255 instead of scaling them
-        values = np.asarray(photo)
-        if values.min() < 0 or values.max() > 65535:
-            raise unreadable(path, "more than 16 bits a pixel")
-        photo = Image.fromarray((values // 257).astype(np.uint8))
+        photo = Image.fromarray((np.asarray(photo) // 257).astype(np.uint8))
     if photo.mode == "P":
         photo = photo.convert("RGBA")
     return photo.convert("RGB")

@@ -131,7 +131,7 @@ class Interrupts:
     """While training, Ctrl-C and `kill` wait for the end of the step."""
 
     def __init__(self, device, data, out):
-        self.device, self.seen = device, 0
+        self.device, self.seen, self.best = device, 0, out / "best.pt"
         self.again = shlex.join(["python", "train.py", "--data", data, "--out", str(out), "--resume"])
 
     def __enter__(self):
@@ -154,7 +154,8 @@ class Interrupts:
         save()
         gather_from_processes()  # wait until the first has saved: torchrun ends all processes when one ends
         again = self.again if rank_and_world()[1] == 1 else "the same torchrun command with --resume"
-        print_once(f"stopped after {where}, all is saved; {again} goes on", file=sys.stderr)
+        use = f"; {shlex.join(['python', 'predict.py', str(self.best)])} PHOTOS uses what is best so far"
+        print_once(f"stopped after {where}, all is saved; {again} goes on{use * self.best.exists()}", file=sys.stderr)
         sys.exit(128 + (self.seen or signal.SIGTERM))
 
 

@@ -84,7 +84,6 @@ class Replayed:
         if seen and recording is None:
             stream = torch.cuda.current_stream()
             try:
-                torch.clear_autocast_cache()  # so that the recording casts the weights itself, once
                 recording = self.record(args)
             except RuntimeError as error:  # memory is too short, or an operator cannot be recorded
                 print(f"runs without a CUDA graph: {(str(error).splitlines() or ['?'])[0]}", file=sys.stderr)
@@ -107,7 +106,7 @@ class Replayed:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self.pool = self.pool or torch.cuda.graph_pool_handle()  # one for all, as they never run at the same time
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # so that the recording casts the weights itself, once
         with torch.cuda.graph(graph, pool=self.pool):
             results = self.f(*args)
 

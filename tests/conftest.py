@@ -103,9 +103,9 @@ def raising(error):
     return raise_it
 
 
-def process(*args, **environment):
+def process(*args, cwd=HERE, **environment):
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HERE,
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment)  # fmt: skip
 
 

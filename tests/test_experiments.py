@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import re
 import shutil
 import sys
@@ -21,10 +22,11 @@ import gates_triton
 import train
 from data import open_dataset
 from evaluate import evaluate_split, load, segment
-from experiments import ablations, bench, evidence, figures, gpu, tables, video
+from experiments import bench, compare, evidence, figures, gpu, tables, trials, video
 from rurnet import VOID, RecurrentUNet, recurrent_loss
+from support.checkpoints import read_checkpoint
 
-SCRIPTS |= {f"experiments.{m.__name__.split('.')[1]}": m for m in (ablations, evidence, figures, tables, video)}
+SCRIPTS |= {m.__name__: m for m in (compare, evidence, figures, tables, trials, video)}
 
 
 def test_no_two_functions_have_one_name():
@@ -55,6 +57,7 @@ def test_every_form_of_bench_returns_the_same_logits(monkeypatch, capsys):
 
 def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
     """Stand-ins for the device, its clock and the processes. What is printed and in which order is real."""
+    assert sum(seconds for seconds, _ in gpu.STEPS.values()) <= 540
     ran, fake, profile = [], MagicMock(), MagicMock()
     fake.Event.return_value.elapsed_time = lambda end: 1.0
     fake.memory_allocated.return_value = fake.max_memory_allocated.return_value = 2**20
@@ -63,38 +66,48 @@ def test_the_gpu_hour_takes_every_branch_without_a_gpu(monkeypatch, tmp_path):
 
     def run_here(command, stdout, timeout=None, **how):
         ran.append(command[-1])
+        assert stdout == gpu.subprocess.PIPE or command[1] == "-u"  # every line at once
         if timeout == 1:
             raise gpu.subprocess.TimeoutExpired(command, timeout)
         with contextlib.redirect_stdout(stdout):
             gpu.STEPS.get(ran[-1], (0, nothing))[1]()
-        return SimpleNamespace(returncode=0, stdout="9 passed")
+        if "train.py" in command:
+            stdout.write("pass    mIoU   mPrec\n   1  0.7000  0.8000\n")
+        return SimpleNamespace(returncode=0, stdout="a5f0c1b2")
 
     nothing, same = lambda *_, **__: None, lambda net, **how: net
+    seconds, slower = gpu.time_forms, lambda name, ms: [t * (1 + (name == "fused")) for t in ms]
     for at, stand_ins in {
         gpu: dict(cuda=fake, profile=profile, Replayed=same, Graphed=same, WARM=0, ROUNDS=2, MEGABYTES=(64, 512),
                   DEVICE=torch.device("cpu"), MEGABYTE=2**9, SIZES=((1, 3, 16, 17), (2, 3, 16, 16)),
+                  time_forms=lambda forms: {name: slower(name, ms) for name, ms in seconds(forms).items()},
                   autocast_to=lambda dtype: contextlib.nullcontext()),
         torch: dict(compile=same), torch.compiler: dict(reset=nothing), gpu.subprocess: dict(run=run_here),
         gates_triton: dict(_runs_triton=lambda x: False),
     }.items():  # fmt: skip
         for name, value in stand_ins.items():
             monkeypatch.setattr(at, name, value)
-    for sanitizer in None, "/bin/compute-sanitizer":
+    for steps, sanitizer in (gpu.STEPS, None), ({"memcheck": gpu.STEPS["memcheck"]}, "/bin/compute-sanitizer"):
+        monkeypatch.setattr(gpu, "STEPS", steps)
         monkeypatch.setattr(shutil, "which", lambda name, at=sanitizer: at)
         gpu.spend_gpu_hour(tmp_path)
     text = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
-    assert list(dict.fromkeys(ran)) == ["device", "tests", "gate or norm or unit or network", "memcheck", "profile",
+    assert list(dict.fromkeys(ran)) == ["device", "tests", "gate or norm or network", "memcheck", "profile",
                                         "kernels", "network", "training", "edges_of_a_block and reset"]  # fmt: skip
-    assert all(part.endswith(" s\n") and "status 0" in part for part in text.values()) and len(text) == len(gpu.STEPS)
+    assert all(part.endswith(" s\n") and "status 0" in part for part in text.values()) and len(text) == 7
     assert text["profile"].count("kernels\n") == 16 and text["profile"].count("conv") == 160
     assert text["kernels"].count("of a copy") == 2 * 2 * (4 * 2 * 3 + 2 + 4 * 2)
-    assert text["network"].count("x   ") == 4 * 8 and text["training"].count("1.000x") == 2 * 7
-    assert sum(seconds for seconds, _ in gpu.STEPS.values()) <= 540
+    assert text["kernels"].count("100.0% of a copy") == 2 * 2 * 1 and text["kernels"].count("0.500 of") == 104
+    assert text["network"].count("1.000x") == 4 * 9 and text["training"].count("1.000x") == 2 * 6
+    assert text["network"].count("0.500x") == 4 * 1 and text["training"].count("0.500x") == 2 * 1
     monkeypatch.setattr(gpu, "STEPS", {"training": (1, nothing)})
     gpu.spend_gpu_hour(tmp_path / "late")
     assert "stopped at its limit" in (tmp_path / "late/training.txt").read_text()
     gpu.spend_gpu_hour(tmp_path / "train", training=True)
-    assert {path.name for path in (tmp_path / "train").iterdir()} == {"dru.txt", "unet-g.txt"}
+    assert {path.name for path in (tmp_path / "train").iterdir()} == {"dru.txt", "unet-g.txt", "runs.csv"}
+    head, *rows = (tmp_path / "train/runs.csv").read_text().splitlines()
+    assert head == tables.read_result("runs.csv")[0] and len(rows) == 2
+    assert re.fullmatch(r"train.py --data DRIVE/ .* --model dru,a5f0c1b,0,GPU,0.0,2,1,0.7000,0.8000", rows[0])
     fake.is_available.return_value = False
     assert [run("experiments.bench", way, tmp_path).returncode for way in ("--gpu", "--gpu-train")] == [1, 1]
 
@@ -147,26 +160,24 @@ def test_a_table_has_the_mean_of_the_seeds_after_the_right_pass(tmp_path, monkey
 def test_evidence_commands_are_what_runs():
     runs = list(evidence.all_runs())
     done = {(row["data"], row["system"], row["seed"]) for row in tables.read_rows("evidence.csv")}
-    assert len({r.key for r in runs}) == len(runs) == len({r.config.out for r in runs}) > len(done) > 200
-    assert done <= {r.key for r in runs}
+    assert len({r.key for r in runs}) == len(runs) == len({r.config.out for r in runs}) == 3 * (11 * 4 + 3 * 3)
+    assert len(done & {r.key for r in runs}) >= 3 * 11 * 4
     assert {r.config.epochs for r in runs if "3 x" in r.system} == {3 * 16, 3 * 12, 3 * 7}
     for r in runs:
         assert train.parse(evidence.command_of(r).partition("  ")[0].split()[2:]) == r.config
 
 
-def test_each_variant_changes_one_thing():
-    image, net = torch.randn(1, 3, 20, 24), RecurrentUNet()
-    for name, feed in ("logits fed back", lambda s: s), ("nothing fed back", torch.zeros_like):
-        variant = ablations.BUILD[name](2)
-        s, (fed, _) = variant.step(image, variant.start(image))
-        assert torch.equal(fed, feed(s))
-    assert [str(n.unit).count("ReLU") for n in (ablations.relu_gates(2), net)] == [2 * 3, 3]
-    bare = ablations.bare_decoder(2).outer.up
-    assert "GroupNorm" not in str(bare)
-    assert count_parameters(bare) == count_parameters(net.outer.up) - 2 * (64 + 32 + 16 + 8)
-    unit, e, h = ablations.masked_state(2).unit, torch.randn(1, 64, 3, 4), torch.randn(1, 16, 3, 4)
-    z, c = unit.net_z(e).sigmoid(), unit.net_c(torch.cat([e, unit.net_r(e).sigmoid() * h], 1)).tanh()
-    torch.testing.assert_close(unit(e, h), z * h + (1 - z) * c)
+def test_ways_to_train_differ_in_training_alone():
+    image, nets = torch.randn(2, 3, 20, 24), [net() for net in (RecurrentUNet, evidence.Detached, evidence.OneDrawn)]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    want, detached, _ = masks = [net.eval()(image) for net in nets]
+    assert all(torch.equal(a, b) for own in masks for a, b in zip(own, want, strict=True))
+    assert torch.autograd.grad(want[2].sum(), want[0], allow_unused=True)[0] is not None
+    assert torch.autograd.grad(detached[2].sum(), detached[0], allow_unused=True)[0] is None
+    drawn = {next(t for t, s in enumerate(want) if torch.equal(s, only)) for (only,) in
+             (nets[2].train()(image) for _ in range(20))}  # fmt: skip
+    assert drawn == {0, 1, 2}
 
 
 def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypatch):
@@ -175,17 +186,17 @@ def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypa
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     how = dict(data="photos", size=16, epochs=1, batch=20)
     chosen = [evidence.Run("photos", system, 0, train.Config(out=f"runs/evidence/{model}", model=model, **how))
-              for system, model in (("gates end in ReLU", "dru"), ("U-Net-G", "unet-g"))]  # fmt: skip
+              for system, model in (("detached", "dru"), ("U-Net-G", "unet-g"))]  # fmt: skip
     monkeypatch.setattr(evidence, "all_runs", lambda: chosen)
     with evidence.FileLock(tmp_path / "runs/evidence/unet-g/lock"):  # another process trains it
         evidence.run_all(at)
-    assert [row["system"] for row in tables.read_rows("evidence.csv")] == ["gates end in ReLU"]
+    assert [row["system"] for row in tables.read_rows("evidence.csv")] == ["detached"]
     (tmp_path / "evidence.csv").unlink()  # as if stopped before the test: the finished training is resumed
     for _ in range(2):  # the second finds nothing left to do
         assert run("experiments.evidence", "run", at).returncode == 0
-    relu, plain = tables.read_rows("evidence.csv")
-    assert relu["parameters"] == str(count_parameters(RecurrentUNet())) and len(relu["IoU"].split()) == 5
-    assert relu["steps"] == plain["steps"] == "20"  # 6 photos, 67 times, 20 a step
+    detached, plain = tables.read_rows("evidence.csv")
+    assert detached["parameters"] == str(count_parameters(RecurrentUNet())) and len(detached["IoU"].split()) == 5
+    assert detached["steps"] == plain["steps"] == "20"  # 6 photos, 67 times, 20 a step
     (matrix,), *_ = evaluate_split(load("runs/evidence/unet-g/best.pt"), open_dataset(at / "photos", "test"))
     assert plain["IoU"] == f"{matrix[1, 1] / (matrix.sum() - matrix[0, 0]):.4f}"
 
@@ -207,6 +218,33 @@ def test_a_moved_photo_and_its_moved_mask_stay_aligned():
     still, net = video.draw_maps(np.random.default_rng(1), 3, 4, pace=0), RecurrentUNet(width=4)
     want = recurrent_loss(net(F.avg_pool2d(image, 2)), truth[:, 1::2, 1::2], 0.4)
     torch.testing.assert_close(video.motion_loss(net, image, truth, *still), want, rtol=0.02, atol=0)
+
+
+def test_losses_for_few_pixels_equal_their_definitions():
+    masks, truth = list(torch.randn(2, 3, 2, 5, 6).double()), torch.randint(2, (3, 5, 6))
+    truth[0, 0] = 255
+    weighted, dice, plain = 0, 0, recurrent_loss(masks, truth, 0.4)
+    for s, weight in zip(masks, (0.4, 1)):
+        p, seen = s.exp()[:, 1] / s.exp().sum(1), truth != 255
+        entropy = -torch.where(truth == 1, 4 * p.log(), (1 - p).log())[seen].sum() / seen.sum()
+        overlap = (2 * p[truth == 1].sum() + 1) / (p[seen].sum() + (truth == 1).sum() + 1)
+        weighted, dice = weighted + weight * entropy, dice + weight * (1 - overlap)
+    few = trials.LOSSES["foreground counts 4 times"], trials.LOSSES["Dice beside it"]
+    got = [loss(masks, truth, 0.4, (truth != 255).sum()) for loss in few]
+    torch.testing.assert_close(got, [weighted, plain + dice])
+
+
+def test_runs_are_compared(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(at := trained[0] / "run", "other")
+    config = json.loads((at / "config.json").read_text())
+    Path("other/config.json").write_text(json.dumps(config | {"lr": 0.1}))
+    done = run("experiments.compare", at, "other")
+    best = max(row["mIoU_3"] for row in read_checkpoint(at / "last.pt")["log"])
+    assert done.stdout.splitlines()[1].startswith(f"other: mIoU {best:.4f} at epoch ") and "lr 0.1" in done.stdout
+    assert "alpha" not in done.stdout and Image.open("compare.png").width == 900
+    (tmp_path / "other/log.csv").write_text("epoch")
+    assert "other: must hold config.json and log.csv of a run" in run("experiments.compare", "other").stderr
 
 
 def test_a_watched_video_is_scored_as_photos_are(trained, monkeypatch):

@@ -1,13 +1,14 @@
 """paper/datasets.py against drawn folders of each published kind; paper/baselines.py against equations and weights."""
 
 import re
+import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import BOX, blob, count_parameters
+from conftest import BOX, HERE, blob, count_parameters, process, run
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
@@ -18,8 +19,6 @@ from rurnet import recurrent_loss
 from support.pictures import SPLITS
 
 # ---------------------------------------------------------------- datasets: a small one of each kind
-
-
 def save_pair(root, photo, mask, picture=blob()[0], labels=blob()[1], **how):
     for name, content in (photo, picture), (mask, labels):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -169,40 +168,32 @@ def test_a_broken_dataset_says_what_is_wrong(make, file, content, words, tmp_pat
 
 
 # ---------------------------------------------------------------- baselines: every system
-
 VGG, RESNET50, RESNET101 = ((), 14_714_688), ((3, 4, 6, 3), 23_508_032), ((3, 4, 23, 3), 42_500_160)
 DEEP = {  # depths of the encoder, and torchvision's number of its parameters without the classifier
     "unet-vgg16": VGG, "dru-vgg16": VGG, "unet-resnet50": RESNET50, "dru-resnet50": RESNET50,
     "deeplabv3plus": RESNET50, "refinenet": RESNET101,
 }  # fmt: skip
-ONE_SHOT = {"unet-b", "unet-g", "unet-vgg16", "unet-resnet50", "deeplabv3plus", "refinenet"}
+NAMED = [name for name in baselines.SYSTEMS if re.search(rf"^    .*\b{name}\b", baselines.__doc__, re.M)]
 
 
 @pytest.mark.parametrize("name", baselines.SYSTEMS)
-def test_a_system_returns_its_passes_and_every_parameter_learns(name):
+def test_a_system_takes_any_size_returns_its_passes_and_every_parameter_learns(name):
     net = build(name, 3).eval()
-    masks = net(torch.randn(2, net.image_channels, 33, 49), 2)
-    assert [s.shape for s in masks] == [(2, 3, 33, 49)] * (1 if name in ONE_SHOT else 2)
-    recurrent_loss(masks, torch.randint(3, (2, 33, 49)), 0.4).backward()
+    image = torch.randn(2, net.image_channels, 16, 49)  # the least height, and a width that is odd at every level
+    masks, longer = net(image, 2), net(image)
+    assert (len(masks), len(longer)) == ((2, 3) if "passes" in baselines.options(name) else (1, 1))
+    assert all(s.shape == (2, 3, 16, 49) for s in longer) and all(map(torch.equal, masks, longer))
+    recurrent_loss(masks, torch.randint(3, (2, 16, 49)), 0.4).backward()
     assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
 
 
-@pytest.mark.parametrize("name", baselines.SYSTEMS)
+@pytest.mark.parametrize("name", NAMED)
 def test_a_system_has_as_many_parameters_as_the_table_says(name):
     row = rf"^    .*\b{name}\b.*?([\d.,]+(?: and [\d.]+)? million|[\d,]+(?:, [\d,]+)?)$"
     shown = re.search(row, baselines.__doc__, re.M)[1]
     with torch.device("meta"):
         parameters = count_parameters(build(name, 2))
     assert {f"{parameters:,}", f"{parameters / 1e6:.2f}"} & set(re.split(", | and | ", shown)), (parameters, shown)
-
-
-@pytest.mark.parametrize("name", sorted(baselines.SYSTEMS.keys() - DEEP.keys()))
-@pytest.mark.parametrize("shape", [(64, 64), (16, 23), (71, 130)], ids=str)
-def test_systems_take_any_size_and_passes_do_not_change_the_past(name, shape):
-    net, image = build(name, 2, width=4).eval(), torch.randn(1, 3, *shape)
-    masks, longer = net(image), net(image, 5)
-    assert all(torch.equal(a, b) for a, b in zip(masks, longer)) and masks[0].shape[2:] == shape
-    assert (len(masks), len(longer)) == ((1, 1) if name in ONE_SHOT else (3, 5))
 
 
 def test_batch_norm_is_where_group_norm_was():
@@ -231,8 +222,6 @@ def test_recurrent_baselines_equal_their_equations():
 
 
 # ---------------------------------------------------------------- baselines: encoders trained elsewhere
-
-
 def vgg16_by_hand(p, x):
     skips = []
     for block in (0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28):
@@ -317,3 +306,40 @@ def test_an_unknown_system_option_or_weights_file_is_refused(tmp_path, monkeypat
     ]:
         with pytest.raises(ValueError, match=words), torch.device("meta"):  # nothing is computed
             build(name, 2, **options)
+
+
+# ---------------------------------------------------------------- what a reader changes, as paper/README.md shows it
+TEXT = (HERE / "paper/README.md").read_text(encoding="utf-8")
+PAGE = [*re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S), re.search("before its `return`: `(.+)`", TEXT)[1]]
+
+
+def test_an_exported_network_masks_a_photo_as_predict_does(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    blob(331, 203, 100)[0].save("photo.jpg", exif=exif)
+    for flags in ["--export", "net.onnx"], ["photo.jpg"]:
+        assert run("predict.py", trained[0] / "run/best.pt", *flags).returncode == 0
+    exec(PAGE[0], found := {})
+    want = np.asarray(Image.open("predicted/photo.png")) // 255
+    assert found["mask"].shape == want.shape == (331, 203) and 0 < want.mean() < 1
+    assert (found["mask"] != want).mean() < 1e-4  # where two classes are equally likely
+
+
+def test_a_system_a_loss_and_an_augmentation_are_changed_in_one_place_each(trained, tmp_path):
+    _, system, loss, line = PAGE
+    for file in [*HERE.glob("*.py"), *HERE.glob("[a-z]*/*.py"), HERE / "paper/README.md"]:
+        (tmp_path / file.relative_to(HERE)).parent.mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / file.relative_to(HERE))
+    with open(tmp_path / "paper/baselines.py", "a") as file:
+        file.write(system)
+    text, end = (tmp_path / "data.py").read_text(), "    return photo.point("
+    assert text.count(end) == 1
+    (tmp_path / "data.py").write_text(text.replace(end, f"    {line}\n{end}"))
+    (tmp_path / "mine.py").write_text(loss)
+    data, flags = ("--data", trained[0] / "photos"), ("--model", "forgetful", "--size", 16, "--epochs", 1)
+    learn, evaluate = ("mine.py", *data, "--out", "run", *flags), ("train.py", *data, "--evaluate", "run/best.pt")
+    for command in learn, evaluate, ("-m", "pytest", "-q", "tests/test_paper.py", "-k", "forgetful"):
+        done = process(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout  # it has passes, learns, takes any size
