@@ -78,6 +78,8 @@ def motion_loss(net, image, truth, maps, light, shown, alpha=0.4):
 
 SETS = {"toy clips": (48, 400), "video_hand": (48, 300), "video_davis": (64, 300),
         "video_davis, new clips": (64, 200)}  # and the short side, and how many steps of 8 crops
+GIT = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+COMMIT = subprocess.run(GIT, capture_output=True, text=True).stdout.strip()  # of the code that was imported
 TRAINED, SEEDS = ("photos", "motion"), (0, 1, 2)
 
 
@@ -161,7 +163,8 @@ def sequence_of(name):
 
 # ---------------------------------------------------------------- 4. watching them
 
-WAYS = ["three passes a frame", "one pass, nothing carried", "one pass, carried", "one pass, carried, first frame three"]
+WAYS = ("three passes a frame", "one pass, nothing carried", "one pass, carried",
+        "one pass, carried, first frame three")  # fmt: skip
 
 
 @torch.no_grad()
@@ -200,11 +203,9 @@ def train_and_watch(name, root, how, seed):
     about["input"] = {"size": size, "passes": 3, "views": 1}
     path = root.with_name(f"{root.name}_{how}_{seed}.pt")
     save(path, about | {"model": net.state_dict(), "ema": mean.state_dict()})
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-    commit, rows = subprocess.run(git, capture_output=True, text=True).stdout.strip(), []
-    frames = open_dataset(root, "test")
+    frames, rows = open_dataset(root, "test"), []
     for way, (matrix, flickers, still, seconds) in watch(load(path), frames).items():
-        rows.append({"set": name, "trained on": how, "seed": seed, "commit": commit, "way": way, "frames": len(frames)})
+        rows.append({"set": name, "trained on": how, "seed": seed, "commit": COMMIT, "way": way, "frames": len(frames)})
         rows[-1] |= {"IoU": f"{scores(matrix)['IoU']:.4f}", "flicker": f"{flickers / still:.5f}"}
         rows[-1]["ms"] = f"{1000 * seconds / len(frames):.2f}"
     return rows
