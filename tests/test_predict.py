@@ -215,6 +215,20 @@ def test_a_video_file_is_read_frame_by_frame(trained, tmp_path, monkeypatch):
     assert "film.MP4: is a video; add --frames" in run("predict.py", best, tmp_path / "film.MP4").stderr
 
 
+def test_a_state_carried_over_a_cut_recovers(trained):
+    """Two frames later the mask is that of a network that has seen nothing before the cut."""
+    model, photos = load(trained[0] / "run/best.pt"), trained[0] / "photos/images"
+    for before, after in ("p0", "p1"), ("p2", "p3"), ("p1", "p4"):
+        carried, fresh, differ = None, None, []
+        for name in [before] * 3 + [after] * 3:
+            photo = read_photo(photos / f"{name}.png")
+            p, carried = segment_frame(model, photo, carried)
+            if name == after:
+                q, fresh = segment_frame(model, photo, fresh)
+                differ.append((p.argmax(0) != q.argmax(0)).float().mean())
+        assert differ[0] > 0.01 > differ[1] and differ[2] < 0.002
+
+
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):
     write_checkpoint(tmp_path / "a.pt", width=2)
     model, state, photo = load(tmp_path / "a.pt"), None, Image.new("RGB", (16, 16))
