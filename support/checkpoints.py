@@ -19,8 +19,8 @@ def new_file(path):
     """A file under a temporary name, renamed once it is complete: a kill or a full disk leaves the old one."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.unlink(missing_ok=True)
-        with open(part, "xb") as file:  # x: never through a link
+        part.unlink(missing_ok=True)  # or a link of that name would be written through
+        with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
