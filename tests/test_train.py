@@ -17,7 +17,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import BOX, HERE, TINY, alike, process, raising, run, write_pair
+from conftest import BOX, HERE, NO_GPU, TINY, alike, process, raising, run, write_pair
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -227,7 +227,7 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(photos, short, tmp_p
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no groups of processes")
 def test_workers_change_nothing_and_leave_with_the_run(trained, photos, tmp_path):
     command = [sys.executable, HERE / "train.py", "--data", photos, "--out", tmp_path, *TINY, "--workers", 2]
-    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=NO_GPU)
     with subprocess.Popen([*map(str, command)], **how) as stopped:
         while "epoch" not in stopped.stdout.readline():  # the first is over, the second begins
             assert stopped.poll() is None
@@ -436,7 +436,7 @@ def test_a_killed_run_can_always_be_resumed(trained, photos, tmp_path):
     command = [sys.executable, HERE / "train.py", "--data", photos, "--out", out, *TINY]
     for _ in range(int(os.environ.get("KILLS", 1))):
         resume = ["--resume"] * (out / "last.pt").exists()
-        with subprocess.Popen([*map(str, command), *resume], stdout=subprocess.DEVNULL) as killed:
+        with subprocess.Popen([*map(str, command), *resume], stdout=subprocess.DEVNULL, env=NO_GPU) as killed:
             while not (out / "last.pt").exists() and killed.poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 6 if resume else 2))
@@ -549,6 +549,7 @@ def test_training_is_recorded_at_the_second_batch_of_a_shape(graphs, monkeypatch
     flags = lambda: (torch.is_autocast_enabled("cuda"), torch.is_autocast_cache_enabled())
     keep = lambda f, args: graphs.append((f, args[0].shape, flags())) or f.forward
     torch.cuda.make_graphed_callables.side_effect = keep
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     net, other = RecurrentUNet(width=2), PlainUNet(width=2)
     graphed, normed = runtime.Graphed(net), runtime.Graphed(baselines.build("unet-b", 2))
     for image in torch.randn(3, 2, 3, 20, 17):
