@@ -112,7 +112,7 @@ def outputs_of(args, name, taken):
 def mask_all(args):
     """Write every mask and overlay; return how many inputs failed."""
     keep_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.device_count() else "cpu")
     model = load(args.checkpoint, device)
     if args.frames and not hasattr(model.net, "step"):
         raise ValueError(f"{args.checkpoint}: holds a network that carries no state; leave --frames out")

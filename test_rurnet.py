@@ -220,6 +220,7 @@ def test_bad_calls_say_what_came_and_what_it_must_be():
         (lambda: net.step(image, (image, h)), r"state is \(\(1, 3, 32, 32\), .*needs \(\(1, 2, 32, 32\)"),
         (lambda: net.step(image, (mask, h[..., :1])), r"\(1, 16, 2, 1\)\), .*\(1, 16, 2, 2\)\)"),
         (lambda: PlainUNet()(image[0]), r"\(3, 32, 32\)"),
+        (lambda: recurrent_loss(mask, mask[:, 0].long(), 0.4), r"masks is a tensor \(1, 2, 32, 32\).*a list of logits"),
         (lambda: RecurrentUNet(classes=1), "classes is 1.*at least 2"),
         (lambda: RecurrentUNet(unit="gru"), "'gru'.*dru, sru"),
         (lambda: RecurrentUNet(level=5), "level is 5.*0 to 4"),

@@ -157,11 +157,18 @@ def train_table():
 
 
 def video_table():
-    found, ways = {}, []
-    for frames, way, n, iou, per_second in csv.reader(read_result("video.csv")):
-        found.setdefault((frames, n), []).append(f"{float(iou):.3f} ({per_second})")
-        ways = list(dict.fromkeys([*ways, way]))
-    return markdown(["IoU (frames/s)", "test frames", *ways], [[*of, *cells] for of, cells in found.items()])
+    """By set and training, for each way to watch: IoU, and flicker in percent; then how fast the ways are."""
+    rows = read_rows("video.csv")
+    ways, lines = list(dict.fromkeys(row["way"] for row in rows)), []
+    for of in dict.fromkeys((row["set"], row["trained on"]) for row in rows):
+        found = [[row for row in rows if (row["set"], row["trained on"], row["way"]) == (*of, way)] for way in ways]
+        flicker = [statistics.mean(100 * float(row["flicker"]) for row in of_way) for of_way in found]
+        ious = [spread([float(row["IoU"]) for row in of_way]) for of_way in found]
+        lines.append([", trained on ".join(of), *(f"{iou}; {f:.2f}%" for iou, f in zip(ious, flicker))])
+    of_way = lambda way: [float(row["ms"]) for row in rows if row["way"] == way]
+    times = [statistics.median(a / b for a, b in zip(of_way(ways[0]), of_way(way))) for way in ways]
+    lines += [["times as fast", *(f"{value:.2f}" for value in times)]] * bool(rows)
+    return markdown(["IoU; flicker", *ways], lines)
 
 
 def traffic_table():

@@ -19,6 +19,7 @@ def new_file(path):
     """A file under a temporary name, renamed once it is complete: a kill or a full disk leaves the old one."""
     part = path.with_name(f".{path.name}.part")
     try:
+        part.unlink(missing_ok=True)  # or a link of that name would be written through
         with open(part, "wb") as file:
             yield file
             file.flush()

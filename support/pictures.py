@@ -9,12 +9,13 @@ import torch
 from PIL import Image, ImageOps
 
 from rurnet import VOID  # noqa: F401  (for all who read masks)
+from support.checkpoints import first_line
 
 ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # no other: to open an EPS, Pillow runs Ghostscript
 SPLITS = ("train", "val", "test")
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of ImageNet, by custom
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of 90 megapixels; above 179 Pillow refuses
+warnings.filterwarnings("ignore", module="PIL")  # these name no file; above 179 megapixels Pillow refuses
 
 
 def open_picture(path, small=False):
@@ -36,9 +37,11 @@ def open_picture(path, small=False):
         sideways = turn in (5, 6, 7, 8) and picture.format != "TIFF"  # of a TIFF Pillow turns the size itself
         picture.turn, picture.whole, picture.pages = turn, (h, w) if sideways else (w, h), pages
         return picture
+    except MemoryError:
+        raise  # not the picture's fault
     except Exception as error:  # a broken file raises any of a dozen kinds of exception in Pillow
-        why = error or type(error).__name__
-        raise ValueError(f"{path}: cannot be read as a picture ({why}); save it again as JPEG or PNG") from None
+        why = f"cannot be read as a picture ({first_line(error)}); save it again as JPEG or PNG"
+        raise ValueError(f"{path}: {why}") from None
 
 
 def read_photo(path):
@@ -99,7 +102,7 @@ class Found:
 
     def add(self, split, name, photo, mask, read=None):
         if missing := [f"{file}" for file in (photo, mask) if not file.exists()]:
-            about = "a photo and its mask come together: add it, or remove the other"
+            about = f"a photo and its mask come together, as {', '.join(sorted(ENDINGS))}: add it, or remove the other"
             self.incomplete[split].append(f"{' and '.join(missing)}: missing; {about}")
         else:
             self.pairs[split].append((name, photo, mask, read))

@@ -38,8 +38,8 @@ def join():
 @contextmanager
 def exclusive(out, resume):
     """Hold a run's folder against other runs. What is made for it is removed where nothing is written into it."""
-    if out.is_file():
-        raise ValueError(f"--out {out}: is a file; it must be a folder")
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file, or a link to none; it must be a folder")
     made = []
     try:
         if rank_and_world()[0] == 0:

@@ -127,7 +127,7 @@ class Graphed(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net, self.graphs = net, TrainingGraphs(net)
-        self.wanted = torch.cuda.is_available() and not any(True for _ in net.buffers())
+        self.wanted = next(net.parameters()).is_cuda and not any(True for _ in net.buffers())
 
     def forward(self, image, passes):
         wanted = self.wanted and self.training and not distributed.is_initialized()

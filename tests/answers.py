@@ -63,9 +63,10 @@ def parameters_at_level_3():
 def watch(model, frames, cuts):
     state, shown = None, []
     for t, frame in enumerate(frames):
-        image = normalise(resize(frame, model.size))[None]
+        image, looks = normalise(resize(frame, model.size))[None], 1
         if state is None or t in cuts or state[0].shape[2:] != image.shape[2:]:
-            state = model.net.start(image)
-        s, state = model.net.step(image, state)
+            state, looks = model.net.start(image), model.passes
+        for _ in range(looks):
+            s, state = model.net.step(image, state)
         shown.append(F.interpolate(s, frame.size[::-1], mode="bilinear")[0].softmax(0))
     return shown

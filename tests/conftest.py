@@ -28,7 +28,8 @@ from paper.baselines import build
 from support.checkpoints import read_checkpoint, save
 
 HERE = Path(__file__).parent.parent
-torch.cuda.device_count = lambda: 0  # train.py then takes the CPU: runs are compared bit for bit
+torch.cuda.device_count = lambda: 0  # the scripts then take the CPU: runs are compared bit for bit
+NO_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # the same for another process
 law = settings(deadline=None, max_examples=25)
 FUZZ = settings(law, max_examples=int(os.environ.get("FUZZ", 25)), suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 2**31 - 1)
@@ -106,7 +107,7 @@ def raising(error):
 def process(*args, cwd=HERE, **environment):
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd,
-                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment)  # fmt: skip
+                          env=NO_GPU | environment)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,17 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, SCRIPTS, count_parameters, process, run
+from conftest import HERE, SCRIPTS, blob, count_parameters, letter_f, process, run
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 import gates_triton
 import train
 from data import open_dataset
-from evaluate import evaluate_split, load
+from evaluate import evaluate_split, load, segment
 from experiments import bench, compare, evidence, figures, gpu, tables, trials, video
-from rurnet import RecurrentUNet, recurrent_loss
+from rurnet import VOID, RecurrentUNet, recurrent_loss
 from support.checkpoints import read_checkpoint
 
 SCRIPTS |= {m.__name__: m for m in (compare, evidence, figures, tables, trials, video)}
@@ -200,6 +201,25 @@ def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypa
     assert plain["IoU"] == f"{matrix[1, 1] / (matrix.sum() - matrix[0, 0]):.4f}"
 
 
+def test_a_moved_photo_and_its_moved_mask_stay_aligned():
+    """Masks as photos: wherever a pixel counts, it must show its own class, in every frame and after a cut."""
+    masks = torch.stack([torch.from_numpy(np.array(letter_f()[1].resize((96, 96)).rotate(turn))) for turn in (0, 70)])
+    truth = masks.long()[[0, 1, 0, 1]]
+    image = torch.stack([truth.float()] * 3, 1)
+    for frames, cuts in (3, 0), (6, 1):
+        maps, light, shown = video.draw_maps(np.random.default_rng(1), frames, 4, cuts=cuts)
+        assert (shown[0] == torch.arange(4)).all() and (shown[-1] != shown[0]).all() == cuts
+        seen = [video.move(image[k], truth[k], *how) for k, *how in zip(shown, maps, light)]
+        for bright, (photo, labels) in zip(light, seen):
+            counts = labels != VOID
+            wrong = (((photo - bright[:, None, None, None])[:, 0] > 0.5).long() != labels) & counts
+            assert counts.float().mean() > 0.7 and wrong.sum() < 0.02 * counts.sum()
+        assert (seen[0][1] != seen[-1][1]).any((1, 2)).all()
+    still, net = video.draw_maps(np.random.default_rng(1), 3, 4, pace=0), RecurrentUNet(width=4)
+    want = recurrent_loss(net(F.avg_pool2d(image, 2)), truth[:, 1::2, 1::2], 0.4)
+    torch.testing.assert_close(video.motion_loss(net, image, truth, *still), want, rtol=0.02, atol=0)
+
+
 def test_losses_for_few_pixels_equal_their_definitions():
     masks, truth = list(torch.randn(2, 3, 2, 5, 6).double()), torch.randint(2, (3, 5, 6))
     truth[0, 0] = 255
@@ -230,11 +250,41 @@ def test_runs_are_compared(trained, tmp_path, monkeypatch):
 def test_a_watched_video_is_scored_as_photos_are(trained, monkeypatch):
     model, photos = load(trained[0] / "run/best.pt"), open_dataset(trained[0] / "photos", "train")
     matrices, *_ = evaluate_split(model, photos)
-    watched = [video.watch(model, photos, way)[0] for way in video.WAYS]
-    assert torch.equal(watched[0], matrices[2]) and torch.equal(watched[2], matrices[0])
-    assert not torch.equal(watched[1], matrices[0])  # all frames are of one sequence, so the state is carried
+    found = [video.watch(model, photos)[way] for way in video.WAYS]
+    assert torch.equal(found[0][0], matrices[2]) and torch.equal(found[1][0], matrices[0])
+    assert not any(torch.equal(found[k][0], matrices[0]) for k in (2, 3))  # one sequence, so the state is carried
+    flickers, pairs = [0, 0], [photos.pictures(i) for i in range(len(photos))]
+    for (a, truth_a), (b, truth_b) in zip(pairs, pairs[1:]):
+        still = np.asarray(truth_a) == np.asarray(truth_b)
+        masks = [segment(model, photo)[-1].argmax(0).numpy() for photo in (a, b)]
+        flickers = [flickers[0] + (masks[0] != masks[1])[still].sum(), flickers[1] + still.sum()]
+    assert [int(n) for n in found[0][1:3]] == flickers and flickers[0] > 0
     monkeypatch.setattr(video, "sequence_of", lambda name: name)  # now each frame begins a sequence
-    assert torch.equal(video.watch(model, photos, video.WAYS[1])[0], matrices[0])
+    alone = video.watch(model, photos)
+    assert [torch.equal(alone[video.WAYS[k]][0], matrices[2 if k == 3 else 0]) for k in (1, 2, 3)] == [True] * 3
+    assert alone[video.WAYS[0]][2] == 0
+
+
+def test_videos_are_trained_watched_and_written_once(tmp_path, monkeypatch):
+    """And predict.py --frames on the test frames gives the table's digits."""
+    for part in "images", "masks":
+        (tmp_path / "video_hand" / part).mkdir(parents=True)
+        for t in range(10):
+            blob(x=2 * t)[part == "masks"].save(tmp_path / f"video_hand/{part}/{t:02d}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name, value in dict(RESULTS=tmp_path, SETS={"video_hand": (32, 3)}, SEEDS=(0,)).items():
+        monkeypatch.setattr(video, name, value)
+    for _ in range(2):  # the second finds nothing left to do
+        assert run("experiments.video", tmp_path).returncode == 0
+    rows = tables.read_rows("video.csv")
+    assert [(row["trained on"], row["way"]) for row in rows] == [(how, w) for how in video.TRAINED for w in video.WAYS]
+    frames = [tmp_path / f"video_hand/images/{t:02d}.png" for t in range(6, 10)]
+    assert run("predict.py", "runs/video/video_hand_motion_0.pt", *frames, "--frames", "--out", "out").returncode == 0
+    got, true = ([np.asarray(Image.open(at / f"{t:02d}.png")) > 0 for t in range(6, 10)] for at in
+                 (tmp_path / "out", tmp_path / "video_hand/masks"))  # fmt: skip
+    iou = np.logical_and(got, true).sum() / np.logical_or(got, true).sum()
+    assert rows[-1]["way"] == video.WAYS[3] and rows[-1]["IoU"] == f"{iou:.4f}"
 
 
 def test_figures_are_drawn_as_committed_or_of_a_trained_network(trained, tmp_path, monkeypatch):

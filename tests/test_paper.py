@@ -343,8 +343,3 @@ def test_a_system_a_loss_and_an_augmentation_are_changed_in_one_place_each(train
         done = process(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout  # it has passes, learns, takes any size
-
-
-def test_a_network_that_returns_a_tensor_gets_one_sentence():
-    with pytest.raises(ValueError, match=r"masks is a tensor \(2, 3, 8, 8\); it must be a list of logits"):
-        recurrent_loss(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long), 0.4)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import FUZZ, blob, letter_f, raising, run, spoiled, write_checkpoint
 from hypothesis import given
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 import evaluate
@@ -147,6 +147,7 @@ def test_an_overlay_dims_the_background_and_tints_and_outlines_each_class():
 
 @pytest.mark.parametrize("owner, name, each, error, words", [
     (predict, "segment", 1, MemoryError(), "p1.png: out of memory"),
+    (ImageOps, "exif_transpose", 1, MemoryError(), "p1.png: out of memory"),
     (predict, "segment", 1, RuntimeError("not enough memory: tried to allocate 9 GB"), "p1.png: not enough memory"),
     (predict, "overlay", 1, RuntimeError("could not create a primitive"), "p1.png: could not create a primitive"),
     (os, "fsync", 2, OSError(28, "No space left"), "out/p1.png: could not be written ([Errno 28] No space left); its"),
@@ -212,6 +213,20 @@ def test_a_video_file_is_read_frame_by_frame(trained, tmp_path, monkeypatch):
     done = run("predict.py", best, tmp_path / "film.MP4", *flags)
     assert done.returncode == 1 and "film.MP4: is a video, which needs PyAV: pip install av" in done.stderr
     assert "film.MP4: is a video; add --frames" in run("predict.py", best, tmp_path / "film.MP4").stderr
+
+
+def test_a_state_carried_over_a_cut_recovers(trained):
+    """Two frames later the mask is that of a network that has seen nothing before the cut."""
+    model, photos = load(trained[0] / "run/best.pt"), trained[0] / "photos/images"
+    for before, after in ("p0", "p1"), ("p2", "p3"), ("p1", "p4"):
+        carried, fresh, differ = None, None, []
+        for name in [before] * 3 + [after] * 3:
+            photo = read_photo(photos / f"{name}.png")
+            p, carried = segment_frame(model, photo, carried)
+            if name == after:
+                q, fresh = segment_frame(model, photo, fresh)
+                differ.append((p.argmax(0) != q.argmax(0)).float().mean())
+        assert differ[0] > 0.01 > differ[1] and differ[2] < 0.002
 
 
 def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path):

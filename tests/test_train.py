@@ -17,7 +17,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import BOX, HERE, TINY, alike, process, raising, run, write_pair
+from conftest import BOX, HERE, NO_GPU, TINY, alike, process, raising, run, write_pair
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -180,7 +180,7 @@ OUTSIDE = ("--level 5, --level -1, --epochs 0, --batch -1, --passes 0, --width 1
 @pytest.mark.parametrize("flags, words", [  # what follows `--data {at}/photos --out {tmp}`, and words of the sentence
     ("--data {tmp}", "holds nothing; it must be one of these"),
     ("--data {tmp}/absent --out {tmp}/runs/new", "absent: is not a folder"),
-    ("--out {at}/run/log.csv", "log.csv: is a file; it must be a folder"),
+    ("--out {at}/run/log.csv", "log.csv: is a file, or a link to none; it must be"),
     ("--resume", "last.pt: no such file; it must be a checkpoint of train.py"),
     ("--out {at}/run --resume --lr 0.1", "--lr 0.1: {at}/run/last.pt has 0.004"),
     ("--start {at}/run/best.pt --resume", "choose one"),
@@ -227,7 +227,7 @@ def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(photos, short, tmp_p
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no groups of processes")
 def test_workers_change_nothing_and_leave_with_the_run(trained, photos, tmp_path):
     command = [sys.executable, HERE / "train.py", "--data", photos, "--out", tmp_path, *TINY, "--workers", 2]
-    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    how = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=NO_GPU)
     with subprocess.Popen([*map(str, command)], **how) as stopped:
         while "epoch" not in stopped.stdout.readline():  # the first is over, the second begins
             assert stopped.poll() is None
@@ -305,6 +305,7 @@ HIDDEN.__context__ = OSError(28, "No space left on device")  # as torch's writer
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_leaves_what_was_there(trained, tmp_path, monkeypatch, capsys, name):
     (tmp_path / name).write_text("before")
+    (tmp_path / f".{name}.part").symlink_to(name)
     monkeypatch.setattr(os, "fsync", raising(HIDDEN))
     with pytest.raises(ValueError) if name != "samples" else nullcontext() as raised:  # a table matters more
         WRITERS[name](tmp_path / name, trained[0] / "run/best.pt")
@@ -333,12 +334,10 @@ def test_a_folder_belongs_to_one_run(trained, photos, tmp_path, monkeypatch):
 
 
 def test_a_new_run_replaces_nothing_but_a_start_without_a_step(photos, short, tmp_path, monkeypatch):
-    for name in "best.pt", "log.csv", "curves.png", "samples.png":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("mine")
+    for name in {*FILES} - {"last.pt"}:
+        (tmp_path / name / name).mkdir(parents=True)
         done = run("train.py", "--data", photos, "--out", tmp_path / name, *TINY)
         assert f"{name}: holds a run already ({name}); --resume" in done.stderr
-        assert (tmp_path / name / name).read_text() == "mine"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "recurrent_loss", raising(KeyboardInterrupt()))
         train.train(tiny(photos, tmp_path / "new"))
@@ -414,17 +413,12 @@ def test_the_second_process_writes_nothing(photos, short, tmp_path, monkeypatch,
     assert not any(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
-def torchrun(*args, **environment):
-    if not torch.distributed.is_available():
-        pytest.skip("this torch has no torch.distributed")
-    command = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "tests/two_processes.py"
-    return process(*command, *args, PYTHONPATH=str(HERE), **environment)
-
-
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_learn_what_one_learns(photos, tmp_path, monkeypatch):
     """With SGD, as AdamW is blind to a gradient's size. At --lr 0.02 rounding moves the tables by 0.01."""
     flags = ["--data", photos, *TINY, "--epochs", "1", "--batch", "67", "--lr", "0.01", "--out"]
-    two = torchrun(*flags, tmp_path / "two")
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "tests/two_processes.py"
+    two = process(*torchrun, *flags, tmp_path / "two", PYTHONPATH=str(HERE))
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, weight_decay: torch.optim.SGD(groups))
     one = run("train.py", *flags, tmp_path / "one")
     assert one.returncode == two.returncode == 0, two.stderr
@@ -442,7 +436,7 @@ def test_a_killed_run_can_always_be_resumed(trained, photos, tmp_path):
     command = [sys.executable, HERE / "train.py", "--data", photos, "--out", out, *TINY]
     for _ in range(int(os.environ.get("KILLS", 1))):
         resume = ["--resume"] * (out / "last.pt").exists()
-        with subprocess.Popen([*map(str, command), *resume], stdout=subprocess.DEVNULL) as killed:
+        with subprocess.Popen([*map(str, command), *resume], stdout=subprocess.DEVNULL, env=NO_GPU) as killed:
             while not (out / "last.pt").exists() and killed.poll() is None:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 6 if resume else 2))
@@ -515,6 +509,8 @@ def test_a_replayed_call_or_network_is_recorded_the_second_time(graphs):
     for other in (torch.ones(3, 2), 2), (torch.ones(2, 3), 5), (torch.ones(2, 3).double(), 2):  # shape, number, dtype
         for _ in range(3):
             assert all(torch.equal(a, b) for a, b in zip(replayed(*other), f(*other)))
+    for n in 5, 6, 5, 5:  # of two, the latest is kept
+        replayed(torch.ones(2, 3), n)
     assert len(graphs) == 4 and len(replayed.graphs) == 2
     net, image = RecurrentUNet(width=2).eval(), torch.randn(1, 3, 20, 17)
     replayed, state = runtime.ReplayedNet(net), net.start(image)
@@ -553,6 +549,7 @@ def test_training_is_recorded_at_the_second_batch_of_a_shape(graphs, monkeypatch
     flags = lambda: (torch.is_autocast_enabled("cuda"), torch.is_autocast_cache_enabled())
     keep = lambda f, args: graphs.append((f, args[0].shape, flags())) or f.forward
     torch.cuda.make_graphed_callables.side_effect = keep
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     net, other = RecurrentUNet(width=2), PlainUNet(width=2)
     graphed, normed = runtime.Graphed(net), runtime.Graphed(baselines.build("unet-b", 2))
     for image in torch.randn(3, 2, 3, 20, 17):
