@@ -223,7 +223,7 @@ def draw_strip(root):
             mask, state = segment_frame(model, photo, state, to_classes)
             rows[f"trained on {how}"].append(overlay(photo, mask))
     rows = {title: row[max(0, middle - 3) :][:6] for title, row in rows.items()}
-    figure, axes = plt.subplots(3, len(rows[""]), figsize=(1.5 * len(rows[""]), 3.5), layout="constrained")
+    figure, axes = plt.subplots(3, len(rows[""]), figsize=(1.2 * len(rows[""]), 2.9), layout="constrained")
     for line, (title, row) in zip(axes, rows.items()):
         for ax, picture in zip(line, row):
             show_picture(ax, picture)

@@ -221,10 +221,12 @@ def test_check_counts_notes_what_a_user_may_not_expect_and_lists_every_problem(f
     for name in "images/p0.png", "images/p1.png", "masks/p1.png":
         save_turned(Image.open(folder / name), folder / name, 3)
     Image.merge("RGBA", [*photo.split(), blob()[1]]).save(folder / "images/p2.png")
+    photo.convert("RGBA").save(folder / "images/p4.png")  # whose fourth band says nothing
     write("train.txt", b"p0\np1\np2\n")(folder)
     done = run("data.py", "--check", folder)
-    for words in ("turned by EXIF, but their masks are not", "turned by EXIF, and so are", "photos have a fourth band",
-                  "images: 1 photos are in no list (p3, ...)", "\n0 problems"):  # fmt: skip
+    for words in ("turned by EXIF, but their masks are not", "turned by EXIF, and so are",
+                  ": 1 photos have a fourth band", "images: 1 photos are in no list (p3, ...)",
+                  "\n0 problems"):  # fmt: skip
         assert words in done.stdout, done.stdout
     photo.save(folder / "masks/p0.png")
     (folder / "masks/p1.png").unlink()
