@@ -223,19 +223,30 @@ class RecurrentUNet(nn.Module):
 VOID = 255  # the class id of pixels that neither train nor count
 
 
-def recurrent_loss(masks, truth, alpha, pixels=None):
+def recurrent_loss(masks, truth, alpha, pixels=None, dice=0.0):
     """sum_t alpha^(N-t) CE(s_t, truth), eq. (7): every pass is taught, the last one most.
 
     masks     logits (B, K, H, W) of N passes
     truth     class ids (B, H, W), int64; VOID does not count
     pixels    divide by this number, where processes share a batch; by default the pixels of truth that count
+    dice      beside each CE stands this times 1 - Dice of the foreground, which weighs large and small alike
     """
     if isinstance(masks, torch.Tensor):
         raise ValueError(f"masks is a tensor {tuple(masks.shape)}; it must be a list of logits, one for each pass")
-    pixels = (truth != VOID).sum() if pixels is None else pixels
+    seen = (truth != VOID).sum()
+    pixels = seen if pixels is None else pixels
     pixels = torch.as_tensor(pixels).clamp(min=1)  # a crop may be void everywhere; its loss is then 0, not 0/0
     losses = [F.cross_entropy(s, truth, ignore_index=VOID, reduction="sum") / pixels for s in masks]
+    if dice:
+        losses = [loss + dice * seen / pixels * (1 - soft_dice(s, truth)) for loss, s in zip(losses, masks)]
     return sum(alpha ** (len(masks) - t) * loss for t, loss in enumerate(losses, 1))
+
+
+def soft_dice(s, truth):
+    """2 |P and Y| / (|P| + |Y|) over a batch; P is the probability of any class but 0, Y the pixels of such classes."""
+    seen, foreground = truth != VOID, (truth != VOID) & (truth > 0)
+    p = (1 - s.float().softmax(1)[:, 0]) * seen
+    return (2 * (p * foreground).sum() + 1) / (p.sum() + foreground.sum() + 1)  # the ones: 1 where both are empty
 
 
 # ---------------------------------------------------------------- checks

@@ -51,6 +51,7 @@ class Config:
     hidden: int = knob(16, "channels of the hidden state", (1, 1024))
     passes: int = knob(3, "N, how often the network sees each photo", (1, 1000))
     alpha: float = knob(0.4, "pass t weighs alpha**(N - t) in the loss; 1 weighs all alike", (1e-6, 1))
+    dice: float = knob(0.0, "adds this times 1 - Dice to the loss; 1 where few pixels are foreground", (0, 100))
     size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most are smaller", (16, 4096))
     crop: int = knob(0, "side of the training crops; 0: as --size", (16, 4096))
     rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up", (0, 180))
@@ -83,8 +84,7 @@ def parse(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
-        help = f"{f.metadata['help']} [{f.default!r}]"
-        cli.add_argument("--" + f.name, default=argparse.SUPPRESS, help=help, **kind)
+        cli.add_argument("--" + f.name, default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{f.default!r}]", **kind)
     typed = vars(cli.parse_args(argv))
     c = Config(**typed)
     if not (c.start or c.evaluate or c.resume):
@@ -111,7 +111,8 @@ def train(c, net=None, folder=None, criterion=None):
     device = processes.join()
     with processes.exclusive(Path(c.out), c.resume):
         folder = folder or survey(c.data, c.void)
-        learn(c, net, folder, criterion or recurrent_loss, device, Path(c.out), *processes.rank_and_world())
+        criterion = criterion or (lambda *batch: recurrent_loss(*batch, dice=c.dice))
+        learn(c, net, folder, criterion, device, Path(c.out), *processes.rank_and_world())
     return folder
 
 
@@ -142,7 +143,6 @@ def learn(c, net, folder, criterion, device, out, rank, world):
     optimiser = torch.optim.AdamW(baselines.parameter_groups(net, c.lr, bool(c.weights)), weight_decay=1e-2)
     steps, peaks = len(photos) // c.batch or 1, [group["lr"] for group in optimiser.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, total_steps=c.epochs * steps)
-
     log, best, done, total = [], 0.0, 0, 0.0  # done: steps of the epoch under way; total: the sum of their losses
     about = {"network": network, "input": {name: getattr(c, name) for name in ("size", "passes", "views")}}
     about |= {"classes": folder.classes, "config": asdict(c), "photos": folder.fingerprint("train", "val")}

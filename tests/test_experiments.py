@@ -232,6 +232,8 @@ def test_losses_for_few_pixels_equal_their_definitions():
     few = trials.LOSSES["foreground counts 4 times"], trials.LOSSES["Dice beside it"]
     got = [loss(masks, truth, 0.4, (truth != 255).sum()) for loss in few]
     torch.testing.assert_close(got, [weighted, plain + dice])
+    shared = few[1](masks, truth, 0.4, 2 * (truth != 255).sum())  # as where two processes share a batch
+    torch.testing.assert_close(shared, (plain + dice) / 2)
 
 
 def test_runs_are_compared(trained, tmp_path, monkeypatch):

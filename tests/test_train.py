@@ -56,7 +56,11 @@ def tiny(photos, out, **more):
 def at_step(monkeypatch, k, change):
     """The k-th loss of a run, counted from 1, becomes change(masks, loss)."""
     steps, loss = count(1), train.recurrent_loss
-    new = lambda masks, *more: change(masks, loss(masks, *more)) if next(steps) == k else loss(masks, *more)
+
+    def new(masks, *more, **how):
+        value = loss(masks, *more, **how)
+        return change(masks, value) if next(steps) == k else value
+
     monkeypatch.setattr(train, "recurrent_loss", new)
 
 
