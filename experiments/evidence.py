@@ -131,13 +131,13 @@ def run_all(root):
         with suppress(Timeout), FileLock(f"{run.config.out}/lock", timeout=0):  # or another process trains it
             if run.key in {(row["data"], row["system"], row["seed"]) for row in tables.read_rows("evidence.csv")}:
                 continue
-            began, row = time.time(), train_and_test(run, root)
+            began, row = time.monotonic(), train_and_test(run, root)
             with FileLock("runs/evidence/csv.lock"), (tables.RESULTS / "evidence.csv").open("a", newline="") as file:
                 writer = csv.DictWriter(file, row, lineterminator="\n")
                 if not file.tell():
                     writer.writeheader()
                 writer.writerow(row)
-            print(f"== {', '.join(run.key)}: {time.time() - began:.0f} s", flush=True)
+            print(f"== {', '.join(run.key)}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 def main():

@@ -240,7 +240,7 @@ def main():
     for seed, how, name in itertools.product(SEEDS, TRAINED, SETS):
         if (name, how, str(seed)) in {(row["set"], row["trained on"], row["seed"]) for row in read_rows("video.csv")}:
             continue
-        began, roots[name] = time.time(), roots.get(name) or prepare(name, sys.argv[1])
+        began, roots[name] = time.monotonic(), roots.get(name) or prepare(name, sys.argv[1])
         rows = train_and_watch(name, roots[name], how, seed)
         with (RESULTS / "video.csv").open("a", newline="") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -249,7 +249,7 @@ def main():
             writer.writerows(rows)
         for row in rows:
             print(*row.values(), sep=", ", flush=True)
-        print(f"{(time.time() - began) / 60:.1f} min", flush=True)
+        print(f"{(time.monotonic() - began) / 60:.1f} min", flush=True)
     draw_strip(prepare(next(iter(SETS)), sys.argv[1]))
 
 

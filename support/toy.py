@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from support.checkpoints import new_file
+
 S = 3  # everything is drawn S times too large, then shrunk: that is the anti-aliasing
 # In the plane, a point is a complex number, x + y * 1j, with y pointing down; multiplying by exp(1j * a) turns it by a.
 SKINS = np.array([(62, 37, 27), (94, 58, 41), (134, 87, 63), (174, 115, 86),
@@ -189,5 +191,7 @@ def draw_set(folder, count=240, seed=0):
         (folder / f"{split}.txt").write_text("\n".join(names[a:b]) + "\n")
     for i, name in enumerate(names):
         photo, mask = draw_hand_photo(np.random.default_rng([seed, i]))
-        photo.save(folder / "images" / f"{name}.jpg", quality=90)
-        mask.save(folder / "masks" / f"{name}.png")
+        with new_file(folder / "images" / f"{name}.jpg") as file:
+            photo.save(file, "JPEG", quality=90)
+        with new_file(folder / "masks" / f"{name}.png") as file:
+            mask.save(file, "PNG")
