@@ -64,12 +64,14 @@ def move(image, truth, maps, light):
 
 
 def motion_loss(net, image, truth, maps, light, shown, alpha=0.4):
-    """Eq. (7) over frames: pass t sees frame t, and is compared with that frame's own mask."""
+    """Eq. (7) over frames: pass t sees frame t, and is compared with that frame's own mask. Of more than three frames
+    the gradient is cut after every third."""
     state, masks, truths = None, [], []
     for k, *how in zip(shown, maps, light):
         seen, labels = move(image[k], truth[k], *how)
         s, state = net.step(seen, net.start(seen) if state is None else state)
         masks, truths = [*masks, s], [*truths, labels]
+        state = tuple(x.detach() for x in state) if len(masks) % 3 == 0 else state
     weights = [alpha ** (len(masks) - t) for t in range(1, len(masks) + 1)]
     return sum(weight * recurrent_loss([s], labels, 1) for weight, s, labels in zip(weights, masks, truths))
 
