@@ -77,8 +77,9 @@ def load(path, device=torch.device("cpu"), net=None):
         return model
 
 
-def start_from(net, path, network):
-    """Fill a new network from another run's checkpoint. The head stays new where the classes differ."""
+def start_from(net, path, network, folder):
+    """Fill a new network from another run's checkpoint. The head stays new where the classes differ. Prints what it
+    begins with, and how many photos of folder's val and test that run learned from."""
     (content, _), own = read_matching(path), net.state_dict()
     with one_sentence(path):
         there, here = ({**d, "options": d["options"] | {"passes": None}} for d in (content["network"], network))
@@ -89,8 +90,12 @@ def start_from(net, path, network):
         if not (more and name.startswith("head.")):
             shared = tuple(map(slice, map(min, own[name].shape, weights[name].shape)))
             own[name][shared] = weights[name][shared]  # everything, or the channels of photo and common classes
-    if more:
-        print_once(f"--start {path}: was trained for {content['classes']} classes, so the head is new")
+    about = f"--start {path}: {network['name']} of {content['classes']} classes, short side {content['input']['size']}"
+    print_once(about + "; here the classes differ, so the head is new" * bool(more))
+    before = {h: name.split("/")[0] for name, h in content.get("photos", {}).items()}
+    moved = sum(before.get(h, s) != s for s in ("val", "test") for h in folder.fingerprint(s).values())
+    if moved:
+        print_once(f"--start {path}: knows {moved} of the photos that validate or test here; scores are too good")
 
 
 # ---------------------------------------------------------------- 2. from a network to masks

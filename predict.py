@@ -118,6 +118,8 @@ def mask_all(args):
         raise ValueError(f"{args.checkpoint}: holds a network that carries no state; leave --frames out")
     if model.classes > 2 and (args.probabilities or args.threshold is not None):
         raise ValueError(f"{args.checkpoint}: has {model.classes} classes; --probabilities and --threshold are for two")
+    if args.out.resolve() in {path.resolve() for path in args.inputs}:
+        raise ValueError(f"--out {args.out}: is an input; the masks would lie among the photos, so name another folder")
     inputs = find_inputs(args.inputs)
     taken = set(map(os.path.realpath, inputs))
     for path in inputs:

@@ -80,7 +80,7 @@ class Config:
 
 
 def parse(argv=None):
-    """Typed flags win, then the checkpoint's settings (of --start only the network's), then the defaults."""
+    """Typed flags win, then the checkpoint's settings (of --start the network's and the size), then the defaults."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
@@ -96,7 +96,7 @@ def parse(argv=None):
     fixed = saved.keys() - {"data", "out", "workers", "recompute", "start", "resume", "evaluate"}
     if c.start:
         fixed = {"model", "level", "width", "hidden"}
-        saved = {name: saved[name] for name in fixed}
+        saved = {name: saved[name] for name in fixed | {"size", "crop"}}
     if c.evaluate:
         fixed -= {"size", "passes", "views", "void"}
     for name in sorted(fixed & typed.keys()):
@@ -132,7 +132,7 @@ def learn(c, net, folder, criterion, device, out, rank, world):
             raise ValueError(f"{out}/last.pt: holds {state['network']}, but its settings build {network}")
     net = net or baselines.build(c.model, folder.classes, None if c.resume else c.weights, **network["options"])
     if c.start:
-        start_from(net, c.start, network)
+        start_from(net, c.start, network, folder)
     net = for_device(net, device)
     learner = processes.share(Recomputed(net) if c.recompute else Graphed(net), c.batch)
     # On small sets the weights of single steps swing by ten points of validation IoU; their running mean does not.

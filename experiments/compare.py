@@ -31,22 +31,23 @@ def compare_runs(folders):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     for name, (config, log) in runs.items():
-        own = ", ".join(f"{k} {v}" for k, v in config.items() if str((k, v)) not in same and k not in ("out", "resume"))
+        own = {k: v for k, v in config.items() if str((k, v)) not in same and k not in ("out", "resume") and v != ""}
+        own = ", ".join(f"{k} {v}" for k, v in own.items())
         for axis, kind in zip(axes, ("CE", "mIoU")):
             last = max(column for column in log if column.startswith(f"{kind}_"))
-            axis.plot(log["epoch"], log[last], label=f"{name}: {own}")
+            axis.plot(log["epoch"], log[last], ".-", label=f"{name}: {own}")
             axis.set(xlabel="epoch", ylabel=f"validation {kind}")
         best = max(log[last])
-        print(f"{name}: mIoU {best:.4f} at epoch {log['epoch'][log[last].index(best)]:.0f}; {own}")
+        print(f"{name}: validation mIoU {best:.4f} at epoch {log['epoch'][log[last].index(best)]:.0f}; {own}")
     axes[0].set(yscale="log")
-    axes[1].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower left")
     with new_file(Path("compare.png")) as file:
         figure.savefig(file, dpi=100)
 
 
 def main():
     try:
-        compare_runs(sys.argv[1:]) if sys.argv[1:] else sys.exit(__doc__)
+        compare_runs(sys.argv[1:]) if sys.argv[1:] and sys.argv[1][0] != "-" else sys.exit(__doc__)
     except ValueError as error:
         sys.exit(f"experiments.compare: {error}")
 

@@ -132,7 +132,7 @@ class Interrupts:
 
     def __init__(self, device, data, out):
         self.device, self.seen, self.best = device, 0, out / "best.pt"
-        self.again = shlex.join(["python", "train.py", "--data", data, "--out", str(out), "--resume"])
+        self.again = shlex.join(["python", sys.argv[0], "--data", data, "--out", str(out), "--resume"])
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.notice) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,6 +1,7 @@
 """evaluate.py: from a checkpoint to a network, from a network to masks, from masks to scores."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,9 +34,13 @@ def test_a_run_starts_from_all_weights_but_the_head_of_other_classes(tmp_path, c
     path, both = tmp_path / "it.pt", 3 + min(before, now)  # channels of the photo and of the masks that both runs have
     want, net = write_checkpoint(path, classes=before, width=4).state_dict(), build("dru", now, width=4)
     fresh = {name: x.clone() for name, x in net.state_dict().items()}
-    start_from(net, path, {"name": "dru", "options": {"width": 4, "passes": 7}})
-    told = f"--start {path}: was trained for {before} classes, so the head is new\n"
-    assert capsys.readouterr().out == told * (before != now)
+    torch.save(torch.load(path) | {"photos": {"train/a": "1", "val/b": "2", "val/c": "3"}}, path)
+    hashes = {"val": {"x": "2", "y": "1"}, "test": {"z": "3", "w": "4"}}
+    folder = SimpleNamespace(fingerprint=hashes.get)
+    start_from(net, path, {"name": "dru", "options": {"width": 4, "passes": 7}}, folder)
+    told, learned = capsys.readouterr().out.splitlines()
+    assert told.startswith(f"--start {path}: dru of {before} classes, short side ")
+    assert ("head is new" in told) == (before != now) and "knows 2 of the photos" in learned  # y trained, z chose
     for name, x in net.state_dict().items():
         if name == "outer.down.0.0.weight":
             assert torch.equal(x[:, :both], want[name][:, :both]) and torch.equal(x[:, both:], fresh[name][:, both:])
@@ -49,7 +54,7 @@ def test_another_architecture_a_photo_too_long_and_logits_that_are_no_numbers_ar
     for name, width in ("sru", 4), ("dru", 8), ("unet-g", 4):
         with pytest.raises(ValueError, match="--start .*it.pt: holds .*'dru'.*; this run builds "):
             network = {"name": name, "options": {"width": width}}
-            start_from(build(name, 2, width=width), tmp_path / "it.pt", network)
+            start_from(build(name, 2, width=width), tmp_path / "it.pt", network, None)
     with pytest.raises(ValueError, match="16x40000 is too much for a network of short side 512"):
         Segmenter(model.net, 512, 1, 1).to_input(Image.new("L", (16, 40000)))
     model.net.head.weight.data.mul_(1e38).mul_(1e38)

@@ -162,7 +162,8 @@ def test_flags_override_the_checkpoint_which_overrides_the_defaults(trained, pho
     asked = parse(["--data", "other/", "--evaluate", best, "--passes", "5"])
     assert asked == Config(data="other/", evaluate=best, passes=5, size=16, width=4, epochs=2, batch=20)
     assert parse(["--out", str(out), "--resume", "--workers", "3"]) == tiny(photos, out, workers=3, resume=True)
-    assert parse(["--data", "other/", "--start", best, "--lr", "0.1"]) == Config("other/", width=4, lr=0.1, start=best)
+    begun = Config("other/", width=4, size=16, lr=0.1, start=best)
+    assert parse(["--data", "other/", "--start", best, "--lr", "0.1"]) == begun
     assert parse([]) == Config() and Config(data="a/b/").out == "runs/b"
 
 
@@ -207,6 +208,7 @@ def test_a_mistake_gets_one_sentence_and_changes_nothing(trained, wrong, tmp_pat
 
 def test_a_resumed_run_ends_in_the_same_weights_bit_for_bit(photos, short, tmp_path, monkeypatch, capsys):
     """After a signal in step 3 or 5 of 3 + 3, or a crash between the epochs."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     train.train(tiny(photos, tmp_path / "whole", batch=7))
     for way, done in (3, 3), (5, 2), ("evaluate_split", 3), ("write_log", 3):
         c = tiny(photos, tmp_path / str(way), batch=7)
