@@ -184,6 +184,7 @@ def inspect_pair(name, photo, mask, read):
 
 def differences(before, now):
     """In which photos two fingerprints differ, in words."""
+    before = {str(name): content for name, content in before.items()}
     kind = lambda name: "new" if name not in before else "gone" if name not in now else "changed"
     names = sorted({name for name, _ in before.items() ^ now.items()})
     shown = ", ".join(f"{name} {kind(name)}" for name in names[:3])

@@ -32,7 +32,7 @@ from evaluate import Segmenter, draw_samples, evaluate_split, load, print_table,
 from paper import baselines
 from rurnet import VOID, recurrent_loss
 from support import processes
-from support.checkpoints import PARTS, PROGRESS, one_sentence, read_checkpoint, save, write_log
+from support.checkpoints import PARTS, PROGRESS, load_parts, one_sentence, read_checkpoint, save, write_log
 from support.runtime import Graphed, Recomputed, autocast, for_device, replayed
 
 # ---------------------------------------------------------------- 1. configuration
@@ -154,8 +154,7 @@ def learn(c, net, folder, criterion, device, out, rank, world):
             raise ValueError(f"{c.data}: its photos or classes have changed since {out}/last.pt ({changed}); put them "
                              f"back, or begin a new run with its weights: --start {out}/last.pt")  # fmt: skip
         with one_sentence(out / "last.pt"):
-            for name, part in everything.items():
-                part.load_state_dict(state[name])
+            load_parts(everything, state)
             log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
             ema.n_averaged.fill_(schedule.last_epoch)
             if sum(row["epoch"] > 0 for row in log) * steps + done != schedule.last_epoch:

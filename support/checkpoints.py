@@ -88,6 +88,15 @@ def one_sentence(path):
         raise ValueError(f"{path}: does not hold what it describes ({what}); {about}") from None
 
 
+def load_parts(parts, state):
+    """Fill each part. An optimiser takes moments of any shape, and would fail at its first step."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    for p, moments in parts["optimiser"].state.items():
+        if wrong := [name for name, x in moments.items() if x.dim() and x.shape != p.shape]:
+            raise ValueError(f"the optimiser's {wrong[0]} has not the shape of its weight")
+
+
 def refuse_taken(out, resume):
     """A new run never replaces the files of another, unless that one ended before its first step."""
     taken = [] if resume else [name for name in FILES if os.path.lexists(out / name)]

@@ -380,6 +380,16 @@ def test_a_last_checkpoint_of_wrong_parts_gets_one_sentence(trained, photos, tmp
     assert done.stderr.startswith(f"train.py: {tmp_path}/last.pt: {words}") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("part, words", [("optimiser", "the optimiser's exp_avg has not the shape"), ("photos", "7 gone")])
+def test_a_last_checkpoint_that_was_edited_gets_one_sentence(trained, photos, tmp_path, part, words):
+    content = read_checkpoint(trained[0] / "run/last.pt")
+    content["optimiser"]["state"][0]["exp_avg"] = torch.zeros(3)
+    content["photos"] |= {7: "a number"} if part == "photos" else {}
+    torch.save(content, tmp_path / "last.pt")
+    done = run("train.py", "--data", photos, "--out", tmp_path, "--resume")
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such shell")
 @pytest.mark.parametrize("shell", ['exec "$@"', 'exec "$@" >&- 2>&-', 'exec "$@" 0<&- >&- 2>&-'])
 def test_any_name_and_any_stream_will_do(photos, tmp_path, shell):
