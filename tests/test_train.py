@@ -380,7 +380,7 @@ def test_a_last_checkpoint_of_wrong_parts_gets_one_sentence(trained, photos, tmp
     assert done.stderr.startswith(f"train.py: {tmp_path}/last.pt: {words}") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("part, words", [("optimiser", "the optimiser's exp_avg has not the shape"), ("photos", "7 gone")])
+@pytest.mark.parametrize("part, words", [("optimiser", "optimiser's exp_avg has not the"), ("photos", "7 gone")])
 def test_a_last_checkpoint_that_was_edited_gets_one_sentence(trained, photos, tmp_path, part, words):
     content = read_checkpoint(trained[0] / "run/last.pt")
     content["optimiser"]["state"][0]["exp_avg"] = torch.zeros(3)
