@@ -11,6 +11,7 @@ You may stop `run` at any time: started again, it resumes. Start it once for eve
 
 import csv
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -149,7 +150,10 @@ def main():
             run.config.out += "_again"
             print(*train_and_test(run, root).items(), sep="\n")
         case ["list"]:
-            print("\n".join(f"{', '.join(run.key)}: {command_of(run)}" for run in all_runs()))  # at once, for `| head`
+            if hasattr(signal, "SIGPIPE"):
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it quietly
+            for run in all_runs():
+                print(f"{', '.join(run.key)}: {command_of(run)}")
         case _:
             sys.exit(__doc__)
 
