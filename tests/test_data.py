@@ -240,6 +240,7 @@ def test_check_counts_notes_what_a_user_may_not_expect_and_lists_every_problem(f
 def test_one_split_is_surveyed_alone_and_may_lack_a_class(folder):
     delete("masks/p0.png")(folder)  # of train
     classes_of = lambda classes: survey(folder, splits=["test"], classes=classes).classes
+    assert not survey(folder, splits=["test"], classes=3).white  # there 255 is void
     assert survey(folder, splits=["test"]).problems == [] != survey(folder).problems
     assert (classes_of(2), classes_of(3)) == (2, 3) and survey(folder, splits=["test"]).white
     remask_all(lambda i: BOX * 2 + (np.arange(40) < 3))(folder)

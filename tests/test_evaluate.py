@@ -35,7 +35,7 @@ def test_a_run_starts_from_all_weights_but_the_head_of_other_classes(tmp_path, c
     want, net = write_checkpoint(path, classes=before, width=4).state_dict(), build("dru", now, width=4)
     fresh = {name: x.clone() for name, x in net.state_dict().items()}
     torch.save(torch.load(path) | {"photos": {"train/a": "1", "val/b": "2", "val/c": "3"}}, path)
-    hashes = {"val": {"x": "2", "y": "1"}, "test": {"z": "3", "w": "4"}}
+    hashes = {"val": {"x": "2", "y": "1"}, "test": {"z": "3", "w": "4", "v": "5"}}
     folder = SimpleNamespace(fingerprint=hashes.get)
     start_from(net, path, {"name": "dru", "options": {"width": 4, "passes": 7}}, folder)
     told, learned = capsys.readouterr().out.splitlines()
