@@ -242,6 +242,24 @@ def recurrent_loss(masks, truth, alpha, pixels=None, dice=0.0):
     return sum(alpha ** (len(masks) - t) * loss for t, loss in enumerate(losses, 1))
 
 
+class LastPass(nn.Module):
+    """A RecurrentUNet for training: net(image, n) is pass n alone, [(B, K, H, W)]; the passes before it only run.
+
+    With n drawn for every step, the loss is a sample of eq. (7) whose gradient stays within one pass. Its cost too.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image, passes):
+        state = self.net.start(image)
+        with torch.no_grad():
+            for _ in range(passes - 1):
+                _, state = self.net.step(image, state)
+        return [self.net.step(image, state)[0]]
+
+
 def soft_dice(s, truth):
     """2 |P and Y| / (|P| + |Y|) over a batch; P is the probability of any class but 0, Y the pixels of such classes."""
     seen, foreground = truth != VOID, (truth != VOID) & (truth > 0)

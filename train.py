@@ -22,6 +22,7 @@ import argparse
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from random import Random
 
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -30,10 +31,10 @@ from tqdm import tqdm
 from data import differences, open_dataset, survey
 from evaluate import Segmenter, draw_samples, evaluate_split, load, print_table, read_matching, start_from, summary
 from paper import baselines
-from rurnet import VOID, recurrent_loss
+from rurnet import VOID, LastPass, recurrent_loss
 from support import processes
 from support.checkpoints import PARTS, PROGRESS, load_parts, one_sentence, read_checkpoint, save, write_log
-from support.runtime import Graphed, Recomputed, autocast, for_device, replayed
+from support.runtime import Graphed, autocast, for_device, replayed
 
 # ---------------------------------------------------------------- 1. configuration
 def knob(default, help, within=None, choices=None):
@@ -50,6 +51,7 @@ class Config:
     width: int = knob(8, "channels at level 0", (1, 1024))
     hidden: int = knob(16, "channels of the hidden state", (1, 1024))
     passes: int = knob(3, "N, how often the network sees each photo", (1, 1000))
+    teach: str = knob("one", "the passes a step teaches: one drawn from 1 to N, or all", choices=["one", "all"])
     alpha: float = knob(0.4, "pass t weighs alpha**(N - t) in the loss; 1 weighs all alike", (1e-6, 1))
     dice: float = knob(0.0, "adds this times 1 - Dice to the loss; 1 where few pixels are foreground", (0, 100))
     size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most are smaller", (16, 4096))
@@ -59,7 +61,6 @@ class Config:
     views: int = knob(1, "2 scores the average of every photo and its mirror image", choices=[1, 2])
     epochs: int = knob(30, "one shows every photo once; fewer than 400 are repeated to make 400", (1, 10**9))
     batch: int = knob(8, "photos a step, over all processes", (1, 10_000))
-    recompute: int = knob(0, "1 trains in 0.55 of the memory, for 1.3 times the time", choices=[0, 1])
     lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle", (1e-12, 1))
     seed: int = knob(0, "of weights, order and augmentation", (0, 10**9))
     workers: int = knob(-1, "processes that load photos; -1: none on a CPU, 4 for a GPU", (0, 256))
@@ -72,8 +73,6 @@ class Config:
             value, within = getattr(self, f.name), f.metadata["within"]
             if value != f.default and within and not within[0] <= value <= within[1]:
                 raise ValueError(f"--{f.name} {value}: must be from {within[0]} to {within[1]}")
-        if self.recompute and self.model not in ("dru", "sru", "dru-vgg16"):
-            raise ValueError(f"--recompute 1: works with dru, sru and dru-vgg16, not with {self.model}; leave it out")
         if sum(map(bool, (self.start, self.resume, self.evaluate))) > 1:
             raise ValueError("--start begins a run, --resume goes on with one, --evaluate trains nothing; choose one")
         self.out = self.out or f"runs/{Path(self.data).resolve().name}"
@@ -93,7 +92,7 @@ def parse(argv=None):
     content = read_checkpoint(path)
     with one_sentence(path):
         saved = asdict(Config(**content.get("config", {}))) | {"start": "", "resume": False}
-    fixed = saved.keys() - {"data", "out", "workers", "recompute", "start", "resume", "evaluate"}
+    fixed = saved.keys() - {"data", "out", "workers", "start", "resume", "evaluate"}
     if c.start:
         fixed = {"model", "level", "width", "hidden"}
         saved = {name: saved[name] for name in fixed | {"size", "crop"}}
@@ -134,7 +133,9 @@ def learn(c, net, folder, criterion, device, out, rank, world):
     if c.start:
         start_from(net, c.start, network, folder)
     net = for_device(net, device)
-    learner = processes.share(Recomputed(net) if c.recompute else Graphed(net), c.batch)
+    drawn = c.teach == "one" and hasattr(net, "step")
+    learner = processes.share(Graphed(LastPass(net) if drawn else net), c.batch)
+    odds = [c.alpha ** (c.passes - n) for n in range(1, c.passes + 1)]
     # On small sets the weights of single steps swing by ten points of validation IoU; their running mean does not.
     ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     model = Segmenter(replayed(ema.module, device), c.size, c.passes, c.views)
@@ -183,7 +184,8 @@ def learn(c, net, folder, criterion, device, out, rank, world):
                 image, truth = (x.to(device, non_blocking=True) for x in next(loader))
                 pixels = processes.sum_over_processes((truth != VOID).sum())
                 with autocast(device):
-                    masks = learner(image, c.passes)  # logits after each of N passes
+                    n = Random(f"{c.seed} {schedule.last_epoch}").choices(range(1, c.passes + 1), odds)[0]
+                    masks = learner(image, n if drawn else c.passes)  # logits
                     loss = criterion(masks, truth, c.alpha, pixels)  # eq. (7)
                 optimiser.zero_grad()
                 (loss * world).backward()  # processes average their gradients; their losses are parts of one sum

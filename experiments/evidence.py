@@ -1,11 +1,10 @@
-"""What recurrence gains: every run behind the tables of experiments/README.md, a line each in results/evidence.csv.
+"""Does looking again pay, when both are trained until done? The runs behind experiments/README.md, "The evidence".
 
-    python -m experiments.evidence run DATA                     train and test what the csv lacks
+    python -m experiments.evidence run DATA                     train and test what results/long.csv lacks
     python -m experiments.evidence again DATA hgr "DRU(4)" 0    train a run once more, and print its row
     python -m experiments.evidence list                         all runs, as commands of train.py
 
-DATA holds DRIVE/ as published, and hgr/ roads/ camvid/, each with images/, masks/ and the three lists. The masks of
-CamVid are its ids 0 to 11. The lists of hgr and roads are in results/splits.csv.
+DATA holds DRIVE/ as published, and hgr/ and roads/, each with images/, masks/ and the lists of results/splits.csv.
 You may stop `run` at any time: started again, it resumes. Start it once for every core: no two train the same.
 """
 
@@ -19,47 +18,28 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 import train
 from data import open_dataset, survey
-from evaluate import evaluate_split, load, scores
+from evaluate import Segmenter, confusion, load, scores, segment
 from experiments import tables
-from rurnet import RecurrentUNet
 from support.checkpoints import read_checkpoint
 
 DATA = {  # what a step sees is the same for every system
-    "DRIVE": dict(size=565, crop=80, rotate=180.0, epochs=16),
-    "hgr": dict(size=64, epochs=12),
-    "roads": dict(size=200, crop=80, rotate=180.0, epochs=12),
-    "camvid": dict(size=120, crop=80, epochs=7, void=11),
+    "DRIVE": dict(size=565, crop=160, rotate=180.0, epochs=44),
+    "hgr": dict(size=96, epochs=40),
+    "roads": dict(size=400, crop=160, rotate=180.0, dice=1.0, epochs=28),
 }
-SYSTEMS = {system: dict(model=name.removesuffix("(0)"), level=0 if name.endswith("(0)") else 4)
-           for system, name in tables.BENCH.items()}  # fmt: skip
-
-
-class Detached(RecurrentUNet):
-    """Every pass is taught, none through the passes before it."""
-
-    def step(self, image, state):
-        return super().step(image, tuple(x.detach() for x in state))
-
-
-class OneDrawn(RecurrentUNet):
-    """In training, only the last of 1 to `passes` passes is taught: how many is drawn for every batch."""
-
-    def forward(self, image, passes=None):
-        if not self.training:
-            return super().forward(image, passes)
-        state = self.start(image)
-        with torch.no_grad():
-            for _ in range(torch.randint(passes or self.passes, ())):
-                _, state = self.step(image, state)
-        return [self.step(image, state)[0]]
-
-
-WAYS = {"detached": Detached, "one drawn": OneDrawn, "one drawn, 2 x steps": OneDrawn}  # of training DRU(4)
+SYSTEMS = {  # and how many times the epochs take the time of DRU(4)'s
+    "U-Net-G": (1.25, dict(model="unet-g")),
+    "DRU(4)": (1, {}),
+    "DRU(4), all passes": (0.44, dict(teach="all")),
+    "DRU(4), one pass": (1.25, dict(passes=1)),
+    "U-Net-G, width 7": (1.5, dict(model="unet-g", width=7)),
+}
 
 
 @dataclass
@@ -73,30 +53,22 @@ class Run:
     def key(self):
         return self.data, self.system, str(self.seed)
 
-    @property
-    def net(self):
-        """A network that a Config cannot describe, or None."""
-        torch.manual_seed(self.seed)
-        return WAYS[self.system](2) if self.system in WAYS else None
-
 
 def all_runs():
-    """By seed, the systems on all datasets before the ways of training."""
-    systems = SYSTEMS | {"N = 1": dict(passes=1)}
-    for seed in 0, 1, 2:
-        order = [(name, data) for name in systems for data in DATA]
-        for name, data in order + [(name, data) for name in WAYS for data in DATA if data != "camvid"]:
-            flags = DATA[data] | systems.get(name, {})
-            flags["epochs"] *= int(times[1]) if (times := re.search(r"(\d) x steps", name)) else 1
-            out = "runs/evidence/" + re.sub(r"\W+", "_", f"{data}, {name}, seed {seed}")
-            yield Run(data, name, seed, train.Config(data=data, seed=seed, out=out, **flags))
+    """The two that the question is about come first, each seed on all sets."""
+    names = list(SYSTEMS)
+    for systems in names[:2], names[2:]:
+        for seed in 0, 1, 2:
+            for data, system in ((data, system) for data in DATA for system in systems):
+                times, flags = SYSTEMS[system]
+                flags = DATA[data] | flags | {"epochs": round(DATA[data]["epochs"] * times)}
+                out = "runs/evidence/" + re.sub(r"\W+", "_", f"{data}, {system}, seed {seed}")
+                yield Run(data, system, seed, train.Config(data=data, seed=seed, out=out, **flags))
 
 
 def command_of(run):
     chosen = {name: value for name, value in vars(run.config).items() if value != getattr(train.Config, name)}
-    words = [f"--{name} {value}".removesuffix(".0") for name, value in chosen.items()]
-    note = f"    (its network: WAYS[{run.system!r}] of experiments/evidence.py)" * (run.system in WAYS)
-    return " ".join(["python train.py", *words]) + note
+    return " ".join(["python train.py", *(f"--{name} {value}".removesuffix(".0") for name, value in chosen.items())])
 
 
 def commit():
@@ -104,24 +76,52 @@ def commit():
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
+class ThreeViews(Segmenter):
+    """One pass over each of three views costs what three passes cost: the photo, its mirror image, and the photo
+    upside down, or where hands have an up, shifted by half of the deepest pooling."""
+
+    def __init__(self, model, upside_down):
+        super().__init__(model.net, model.size, 1, 1)
+        self.upside_down, self.classes = upside_down, model.classes
+
+    def forward(self, image):
+        views = [(lambda x: x.flip(-1),) * 2, (lambda x: x.flip(-2),) * 2]
+        if not self.upside_down:
+            views[1] = lambda x: x.roll((8, 8), (-2, -1)), lambda x: x.roll((-8, -8), (-2, -1))
+        masks = [self.net(image, 1)[0], *(back(self.net(there(image), 1)[0]) for there, back in views)]
+        return [torch.stack(masks).log_softmax(2).logsumexp(0)]
+
+
 def train_and_test(run, root):
-    """Train, or go on; test the best checkpoint; return the row for the csv."""
+    """Train, or go on; test the best checkpoint; return the rows for the csv."""
     out = Path(run.config.out)
     c = replace(run.config, data=str(Path(root) / run.data), resume=(out / "last.pt").exists())
     folder = survey(c.data, c.void)
-    train.train(c, run.net, folder)
-    model, photos = load(out / "best.pt", net=run.net), open_dataset(folder, "test")
-    model.passes = 5 if run.system in (*WAYS, "N = 1", "DRU(4)") else 3
-    tested = [scores(matrix) for matrix in evaluate_split(model, photos)[0]]
-    log, n = read_checkpoint(out / "last.pt")["log"], len(folder.pairs["train"])
-    best = max(row[max(k for k in row if k.startswith("mIoU"))] for row in log)
-    names = "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1"
+    train.train(c, folder=folder)
+    model, photos = load(out / "best.pt"), open_dataset(folder, "test")
+    forms = {run.system: model}
+    if run.system == "U-Net-G":
+        forms["U-Net-G, three views"] = ThreeViews(model, c.rotate == 180)
+    log = read_checkpoint(out / "last.pt")["log"]
+    last = max(name for name in log[0] if name.startswith("mIoU"))
+    best = max(log, key=lambda row: row[last])
+    return [row_of(run, system, form, photos, c, log, best) for system, form in forms.items()]
+
+
+def row_of(run, system, model, photos, c, log, best):
+    matrices = []  # of each photo (N, K, K)
+    for photo, mask in map(photos.pictures, range(len(photos))):
+        truth = torch.from_numpy(np.array(mask, np.int64))
+        matrices.append(torch.stack([confusion(p.argmax(0), truth, photos.classes) for p in segment(model, photo)]))
+    tested, n = [scores(matrix) for matrix in sum(matrices)], len(photos.found.pairs["train"])
     return dict(
-        data=run.data, system=run.system, seed=run.seed,
+        data=run.data, system=system, seed=run.seed,
         commit=commit(), parameters=sum(p.numel() for p in model.parameters()),
-        steps=c.epochs * (n * -(-400 // n) // c.batch),
-        minutes=f"{sum(row['seconds'] for row in log) / 60:.1f}", val_mIoU=f"{best:.4f}",
-        **{name: " ".join(f"{row[name]:.4f}" for row in tested if name in row) for name in names},
+        steps=c.epochs * (n * -(-400 // n) // c.batch), minutes=f"{sum(row['seconds'] for row in log) / 60:.1f}",
+        epoch=f"{best['epoch']} of {c.epochs}",
+        val_mIoU=" ".join(f"{value:.4f}" for name, value in best.items() if name.startswith("mIoU")),
+        **{name: " ".join(f"{row[name]:.4f}" for row in tested) for name in ("mIoU", "IoU", "F1")},
+        photos=" ".join(f"{m[-1, 1, 1]}/{m[-1, 0, 1]}/{m[-1, 1, 0]}" for m in matrices),  # TP/FP/FN, last pass
     )  # fmt: skip
 
 
@@ -130,14 +130,14 @@ def run_all(root):
     for run in all_runs():
         Path(run.config.out).mkdir(parents=True, exist_ok=True)
         with suppress(Timeout), FileLock(f"{run.config.out}/lock", timeout=0):  # or another process trains it
-            if run.key in {(row["data"], row["system"], row["seed"]) for row in tables.read_rows("evidence.csv")}:
+            if run.key in {(row["data"], row["system"], row["seed"]) for row in tables.read_rows("long.csv")}:
                 continue
-            began, row = time.monotonic(), train_and_test(run, root)
-            with FileLock("runs/evidence/csv.lock"), (tables.RESULTS / "evidence.csv").open("a", newline="") as file:
-                writer = csv.DictWriter(file, row, lineterminator="\n")
+            began, rows = time.monotonic(), train_and_test(run, root)
+            with FileLock("runs/evidence/csv.lock"), (tables.RESULTS / "long.csv").open("a", newline="") as file:
+                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 if not file.tell():
                     writer.writeheader()
-                writer.writerow(row)
+                writer.writerows(rows)
             print(f"== {', '.join(run.key)}: {time.monotonic() - began:.0f} s", flush=True)
 
 
@@ -148,7 +148,8 @@ def main():
         case ["again", root, *key]:
             (run,) = (run for run in all_runs() if run.key == tuple(key))
             run.config.out += "_again"
-            print(*train_and_test(run, root).items(), sep="\n")
+            for row in train_and_test(run, root):
+                print(*row.items(), sep="\n")
         case ["list"]:
             if hasattr(signal, "SIGPIPE"):
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it quietly
