@@ -34,7 +34,8 @@ if not torch.cuda.is_available():
 import gates_triton
 import rurnet
 from gates_triton import TRANSFERS, FusedNorm, fuse, fused_reset, fused_update
-from rurnet import DRU, SRU, UNITS, VOID, PlainUNet, RecurrentUNet, gated_reset, gated_update, recurrent_loss
+from rurnet import (DRU, SRU, UNITS, VOID, LastPass, PlainUNet, RecurrentUNet, gated_reset, gated_update,
+                    recurrent_loss)  # fmt: skip
 
 law = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**31 - 1)
@@ -152,6 +153,22 @@ def test_loss_equals_its_equation(passes, alpha, seed):
     torch.testing.assert_close(shared, want / 2)
     void = recurrent_loss(list(masks.requires_grad_()), torch.full_like(truth, VOID), alpha)
     assert void == 0 and not torch.autograd.grad(void, masks)[0].any()
+
+
+@law
+@given(passes=st.integers(1, 4), alpha=st.floats(0.1, 1), seed=seeds)
+def test_a_last_pass_is_one_term_of_the_loss_and_its_gradient_stays_there(passes, alpha, seed):
+    torch.manual_seed(seed)
+    net, image = RecurrentUNet(3, width=2, hidden=3).double(), torch.randn(2, 3, 17, 22, dtype=torch.float64)
+    truth, state = torch.randint(3, (2, 17, 22)), net.start(image)
+    terms = [alpha ** (passes - n) * recurrent_loss(LastPass(net)(image, n), truth, 1) for n in range(1, passes + 1)]
+    torch.testing.assert_close(sum(terms), recurrent_loss(net(image, passes), truth, alpha))
+    for _ in range(passes):
+        s, state = net.step(image, [x.detach() for x in state])
+    names, parameters = zip(*net.named_parameters())
+    (got,) = LastPass(net)(image, passes)
+    grads = [dict(zip(names, torch.autograd.grad(x.square().sum(), parameters))) for x in (got, s)]
+    torch.testing.assert_close(*grads)
 
 
 # ---------------------------------------------------------------- 2. the laws

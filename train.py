@@ -144,7 +144,8 @@ def learn(c, net, folder, criterion, device, out, rank, world):
     optimiser = torch.optim.AdamW(baselines.parameter_groups(net, c.lr, bool(c.weights)), weight_decay=1e-2)
     steps, peaks = len(photos) // c.batch or 1, [group["lr"] for group in optimiser.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, total_steps=c.epochs * steps)
-    log, best, done, total = [], 0.0, 0, 0.0  # done: steps of the epoch under way; total: the sum of their losses
+    log, best, done = [], 0.0, 0  # done: steps of the epoch under way
+    total, norms = 0.0, 0.0  # sums over these steps: the losses, the norms of their gradients
     about = {"network": network, "input": {name: getattr(c, name) for name in ("size", "passes", "views")}}
     about |= {"classes": folder.classes, "config": asdict(c), "photos": folder.fingerprint("train", "val")}
     weights = {"model": net, "ema": ema.module}
@@ -156,14 +157,14 @@ def learn(c, net, folder, criterion, device, out, rank, world):
                              f"back, or begin a new run with its weights: --start {out}/last.pt")  # fmt: skip
         with one_sentence(out / "last.pt"):
             load_parts(everything, state)
-            log, best, done, total = (state[name] for name in ("log", "best", "done", "total"))
+            log, best, done, total, norms = (state[name] for name in ("log", "best", "done", "total", "norms"))
             ema.n_averaged.fill_(schedule.last_epoch)
             if sum(row["epoch"] > 0 for row in log) * steps + done != schedule.last_epoch:
                 raise ValueError("log, done and schedule disagree")
 
     def save_as(name, parts):
         if rank == 0:  # all processes hold the same
-            progress = {"log": log, "best": best, "done": done, "total": total}
+            progress = {"log": log, "best": best, "done": done, "total": total, "norms": norms}
             save(out / name, about | progress | {name: part.state_dict() for name, part in parts.items()})
 
     save_as("last.pt", everything)
@@ -189,19 +190,20 @@ def learn(c, net, folder, criterion, device, out, rank, world):
                     loss = criterion(masks, truth, c.alpha, pixels)  # eq. (7)
                 optimiser.zero_grad()
                 (loss * world).backward()  # processes average their gradients; their losses are parts of one sum
-                loss = processes.finite_sum(loss, net, masks, f"epoch {epoch}, step {done + 1}")
+                loss, norm = processes.finite_sum(loss, net, masks, f"epoch {epoch}, step {done + 1}")
                 optimiser.step()
                 schedule.step()
                 ema.update_parameters(net)
-                total, done = total + loss, done + 1
+                total, norms, done = total + loss, norms + norm, done + 1
                 interrupts.obey(f"step {done} of epoch {epoch}", lambda: save_as("last.pt", everything))
 
             save_as("last.pt", everything)  # a long validation may be killed
             processes.copy_buffers_from_first(ema.module)
             score, columns = summary(*evaluate_split(model, held_out))
-            seconds, loss = time.monotonic() - began, total / steps
-            log.append({"epoch": epoch, "loss": loss, "lr": schedule.get_last_lr()[0], "seconds": seconds} | columns)
-            best, done, total = max(best, score), 0, 0.0
+            seconds, loss, lr = time.monotonic() - began, total / steps, schedule.get_last_lr()[0]
+            row = {"epoch": epoch, "loss": loss, "gradient": norms / steps, "lr": lr, "seconds": seconds}
+            log.append(row | columns)
+            best, done, total, norms = max(best, score), 0, 0.0, 0.0
             if score == best:
                 save_as("best.pt", weights)
             if rank == 0:

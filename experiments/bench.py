@@ -2,7 +2,7 @@
 
     python -m experiments.bench --table       parameters, GFLOP, time and memory of one frame, for every system
     python -m experiments.bench --infer       DRU(4), three passes: plain, as predict.py runs it, other runtimes
-    python -m experiments.bench --train       a training step of 8 photos: plain, as train.py runs it, recomputed
+    python -m experiments.bench --train       a training step of 8 photos: all passes, and the last alone
     python -m experiments.bench --traffic     bytes and launches that the fused kernels save, counted
     python -m experiments.bench --gpu OUT     all that a GPU is needed for, in 9 minutes; gpu.py has the steps
     python -m experiments.bench --gpu-train OUT
@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import gates_triton
 from experiments.gpu import shuffled_rounds, spend_gpu_hour, times_faster, training_step
 from paper.baselines import SYSTEMS, build
-from rurnet import PlainUNet, RecurrentUNet
+from rurnet import LastPass, PlainUNet, RecurrentUNet
 from support.export import to_onnx
-from support.runtime import Recomputed, for_device, keep_memory
+from support.runtime import for_device, keep_memory
 
 FRAME = 1, 3, 230, 306
 BATCH = 8, 3, 240, 320
@@ -180,7 +180,7 @@ TRAINING = {  # form: the network as it is trained
     "plain": plain_dru,
     "plain, again": plain_dru,
     "channels last": lambda: plain_dru().to(memory_format=torch.channels_last),
-    "channels last, recomputed": lambda: Recomputed(plain_dru().to(memory_format=torch.channels_last)),
+    "channels last, pass 3 alone": lambda: LastPass(plain_dru().to(memory_format=torch.channels_last)),
     "U-Net-G, channels last": lambda: PlainUNet().to(memory_format=torch.channels_last),
 }
 

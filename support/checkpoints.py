@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 PARTS = {"network": dict, "input": dict, "classes": int, "model": dict, "ema": dict}  # of every checkpoint
-PROGRESS = dict(optimiser=dict, schedule=dict, photos=dict, log=list, best=float, done=int, total=float)  # of last.pt
+PROGRESS = dict(optimiser=dict, schedule=dict, photos=dict, log=list, best=float, done=int, total=float, norms=float)
 FILES = "best.pt", "last.pt", "log.csv", "curves.png", "config.json", "samples.png"  # what a run writes
 
 

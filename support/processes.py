@@ -117,11 +117,11 @@ def print_once(*words, **how):
 
 
 def finite_sum(loss, net, masks, where):
-    """The processes' loss. ValueError in all of them where the loss or the gradient is not finite."""
+    """The processes' loss and the norm of its gradient. ValueError in all of them where one is not finite."""
     loss = sum_over_processes(loss.detach().double()).item()
     gradient = torch.nn.utils.get_total_norm(p.grad for p in net.parameters()).item()
     if math.isfinite(loss) and math.isfinite(gradient):
-        return loss
+        return loss, gradient
     bad = [t for t, s in enumerate(masks, 1) if not s.isfinite().all()] or [len(masks)]
     raise ValueError(f"the loss is {loss:.3g}, its gradient {gradient:.3g} in {where}, since pass {bad[0]}; "
                      "last.pt holds an earlier state. Try a smaller --lr")  # fmt: skip
@@ -180,7 +180,7 @@ def status_of(error, script):
     if isinstance(error, (ValueError, OSError)):  # OSError: a full disk, a folder that may not be read or written
         return f"{script}: " + (text.splitlines()[-1] if text.startswith("Caught") else text)  # a worker's traceback
     if is_out_of_memory(error):
-        advice = "; a smaller --batch, --crop or --size takes less, and so does --recompute 1"
+        advice = "; a smaller --batch, --crop or --size takes less"
         return first + advice * (script == "train.py")
     if text.startswith("DataLoader worker"):
         return f"{first}; --resume goes on"

@@ -100,17 +100,32 @@ def test_a_seed_decides_the_weights_and_a_checkpoint_describes_its_network(photo
     assert (rebuilt.size, rebuilt.passes, rebuilt.views, rebuilt.classes) == (16, 3, 1, 2)
 
 
+def test_a_step_teaches_one_drawn_pass_or_all(photos, short, tmp_path, monkeypatch):
+    """Drawn as often as it weighs in the loss: 0.16, 0.4 and 1 of 1.56."""
+    taught = {"one": [], "all": []}
+
+    class Noted(train.LastPass):
+        def forward(self, image, passes):
+            taught["one"].append(passes)
+            return super().forward(image, passes)
+
+    monkeypatch.setattr(train, "LastPass", Noted)
+    criterion = lambda masks, *more: taught["all"].append(len(masks)) or recurrent_loss(masks, *more)
+    for teach, epochs in ("one", 20), ("all", 1):
+        train.train(tiny(photos, tmp_path / teach, teach=teach, batch=7, epochs=epochs), criterion=criterion)
+    assert taught["all"] == [1] * 60 + [3] * 3
+    assert [taught["one"].count(n) / 60 for n in (1, 2, 3)] == pytest.approx([0.103, 0.256, 0.641], abs=0.1)
+
+
 def test_what_a_checkpoint_holds(photos, short, tmp_path, monkeypatch):
-    """Of a network and a loss of one's own, with --recompute, after two epochs, of which the first scores better."""
-    net, weights, losses, recomputed = RecurrentUNet(width=2, hidden=3, level=1), [], [], []
+    """Of a network and a loss of one's own, after two epochs, of which the first scores better."""
+    net, weights, losses = RecurrentUNet(width=2, hidden=3, level=1), [], []
     ious, criterion = iter([0.9, 0.5]), lambda *a: losses.append(recurrent_loss(*a)) or losses[-1]
     monkeypatch.setattr(train, "summary", lambda *_: (next(ious), {"CE_1": 1, "mIoU_1": 1}))
-    monkeypatch.setattr(train, "Recomputed", lambda net: recomputed.append(net) or runtime.Recomputed(net))
     hook = register_optimizer_step_post_hook(lambda *_: weights.append([p.detach().clone() for p in net.parameters()]))
-    c = tiny(photos, tmp_path, batch=7, recompute=1)
+    c = tiny(photos, tmp_path, batch=7)
     train.train(c, net, data.survey(photos), criterion)
     hook.remove()
-    assert recomputed == [net]
     losses = [sum(losses[:3]).item() / 3, sum(losses[3:]).item() / 3]
     for name, steps, parts in ("best.pt", 3, set()), ("last.pt", 6, {"optimiser", "schedule"}):
         content, mean = torch.load(tmp_path / name, weights_only=True), weights[0]
@@ -192,7 +207,6 @@ OUTSIDE = ("--level 5, --level -1, --epochs 0, --batch -1, --passes 0, --width 1
     ("--start {at}/run/best.pt --level 3", "--level 3: {at}/run/best.pt has 4"),
     ("--evaluate {at}/run", "run: is not a checkpoint"),
     ("--evaluate {at}/run/best.pt --data {wrong}/three", "best.pt: has 2 classes, {wrong}/three 3"),
-    ("--model unet-g --recompute 1", "works with dru, sru and dru-vgg16, not with unet-g"),
     ("--model unet-g --level 2", "unet-g takes no level"),
     ("--model dru-vgg16 --weights {tmp}/absent.pth", "absent.pth: "),
     ("--out {wrong}/odd --resume", "last.pt: is no last.pt; it lacks optimiser, schedule"),
@@ -467,22 +481,6 @@ def test_a_killed_run_can_always_be_resumed(trained, photos, tmp_path):
 
 
 # ---------------------------------------------------------------- support/runtime.py
-@pytest.mark.parametrize("unit", ["dru", "sru"])
-def test_recomputing_changes_neither_masks_nor_gradients_but_what_is_kept(unit):
-    net, image = RecurrentUNet(unit=unit).double(), torch.randn(2, 3, 33, 18, dtype=torch.float64)
-    names, outcomes, kept = [name for name, _ in net.named_parameters()], [], []
-    for form in net, runtime.Recomputed(net):
-        held = {}
-        keep = lambda x, held=held: held.setdefault(x.data_ptr(), x)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            masks = form(image, 3)
-        kept.append(sum(x.numel() for x in held.values()))
-        gradients = torch.autograd.grad(sum(s.square().mean() for s in masks), list(net.parameters()))
-        outcomes.append({"masks": masks} | dict(zip(names, gradients)))
-    torch.testing.assert_close(*outcomes)
-    assert len(masks) == 3 and kept[1] < kept[0] / 3
-
-
 class FakeGraph(TorchDispatchMode):
     """What torch.cuda.CUDAGraph does, on a CPU: replaying reads and writes the same tensors as the recorded calls."""
 
