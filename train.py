@@ -190,7 +190,7 @@ def learn(c, net, folder, criterion, device, out, rank, world):
                     loss = criterion(masks, truth, c.alpha, pixels)  # eq. (7)
                 optimiser.zero_grad()
                 (loss * world).backward()  # processes average their gradients; their losses are parts of one sum
-                loss, norm = processes.finite_sum(loss, net, masks, f"epoch {epoch}, step {done + 1}")
+                loss, norm = processes.finite_sum(loss, net, f"epoch {epoch}, step {done + 1}")
                 optimiser.step()
                 schedule.step()
                 ema.update_parameters(net)

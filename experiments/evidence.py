@@ -34,11 +34,11 @@ DATA = {  # what a step sees is the same for every system
     "roads": dict(size=400, crop=160, rotate=180.0, dice=1.0, epochs=28),
 }
 SYSTEMS = {  # and how many times the epochs take the time of DRU(4)'s
-    "U-Net-G": (1.25, dict(model="unet-g")),
+    "U-Net-G": (1.5, dict(model="unet-g")),
     "DRU(4)": (1, {}),
-    "DRU(4), all passes": (0.44, dict(teach="all")),
-    "DRU(4), one pass": (1.25, dict(passes=1)),
-    "U-Net-G, width 7": (1.5, dict(model="unet-g", width=7)),
+    "DRU(4), all passes": (0.5, dict(teach="all")),
+    "DRU(4), one pass": (1.4, dict(passes=1)),
+    "U-Net-G, width 7": (1.7, dict(model="unet-g", width=7)),
 }
 
 

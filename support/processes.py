@@ -116,14 +116,13 @@ def print_once(*words, **how):
         print(*words, **how, flush=True)
 
 
-def finite_sum(loss, net, masks, where):
+def finite_sum(loss, net, where):
     """The processes' loss and the norm of its gradient. ValueError in all of them where one is not finite."""
     loss = sum_over_processes(loss.detach().double()).item()
     gradient = torch.nn.utils.get_total_norm(p.grad for p in net.parameters()).item()
     if math.isfinite(loss) and math.isfinite(gradient):
         return loss, gradient
-    bad = [t for t, s in enumerate(masks, 1) if not s.isfinite().all()] or [len(masks)]
-    raise ValueError(f"the loss is {loss:.3g}, its gradient {gradient:.3g} in {where}, since pass {bad[0]}; "
+    raise ValueError(f"the loss is {loss:.3g}, its gradient {gradient:.3g} in {where}; "
                      "last.pt holds an earlier state. Try a smaller --lr")  # fmt: skip
 
 

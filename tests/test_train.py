@@ -71,7 +71,7 @@ def test_a_run_leaves_what_readme_promises_and_evaluate_prints_its_table_again(t
     head, *rows = printed.splitlines()[-4:]
     assert head.split() == ["pass", "mIoU", "mPrec", "mRec", "mF1", "IoU", "F1", "BEP"]
     assert [row.split()[0] for row in rows] == ["1", "2", "3"]
-    assert re.fullmatch(r"epoch,loss,lr,.*\n1,.*\n2,.*\n", (at / "run/log.csv").read_text())
+    assert re.fullmatch(r"epoch,loss,gradient,lr,.*\n1,.*\n2,.*\n", (at / "run/log.csv").read_text())
     assert Image.open(at / "run/samples.png").width > 5 * 100  # photo, truth and three passes
 
     path = Path(shutil.copy(at / "run/best.pt", tmp_path))  # samples.png is drawn beside it
@@ -129,7 +129,7 @@ def test_what_a_checkpoint_holds(photos, short, tmp_path, monkeypatch):
     losses = [sum(losses[:3]).item() / 3, sum(losses[3:]).item() / 3]
     for name, steps, parts in ("best.pt", 3, set()), ("last.pt", 6, {"optimiser", "schedule"}):
         content, mean = torch.load(tmp_path / name, weights_only=True), weights[0]
-        about = {"network", "input", "classes", "config", "photos", "log", "best", "done", "total"}
+        about = {"network", "input", "classes", "config", "photos", "log", "best", "done", "total", "norms"}
         assert content.keys() == about | {"model", "ema"} | parts and content["config"] == asdict(c)
         for new in weights[1:steps]:
             mean = [0.99 * old + 0.01 * p for old, p in zip(mean, new)]
@@ -259,8 +259,7 @@ def test_workers_change_nothing_and_leave_with_the_run(trained, photos, tmp_path
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda masks, loss: loss * torch.nan, "loss is nan, its gradient nan in epoch 2, step 2, since pass 3"),
-    (lambda masks, loss: (masks[1].data.fill_(torch.nan) * loss).sum(), "loss is nan, .* since pass 2"),
+    (lambda masks, loss: loss * torch.nan, "loss is nan, its gradient nan in epoch 2, step 2"),
     (lambda masks, loss: loss + (0 * loss).sqrt(), r"loss is \d\S*, its gradient nan in epoch 2"),
 ])  # fmt: skip
 def test_a_loss_that_is_no_number_stops_the_run(photos, short, tmp_path, monkeypatch, change, words):
@@ -277,7 +276,7 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, short, tmp_path, monkeyp
     (PermissionError(13, "Permission denied", "a"), 1, "train.py: [Errno 13] Permission denied: 'a'"),
     (ValueError("a.png: is grey"), 1, "train.py: a.png: is grey"),
     (ValueError("Caught ValueError in worker 0.\n  trace\nValueError: a.png: gone"), 1, "train.py: ValueError: a.png"),
-    (MemoryError(), 1, "train.py: out of memory; a smaller --batch, --crop or --size takes less, and so does"),
+    (MemoryError(), 1, "train.py: out of memory; a smaller --batch, --crop or --size takes less"),
     (torch.OutOfMemoryError("CUDA out of memory\nmore"), 1, "train.py: CUDA out of memory; a smaller --batch"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1, "train.py: DataLoader worker (pid 7)"),
     (RuntimeError("[gloo] connection closed\nmore"), 2, "train.py: [gloo] connection closed; did another process end?"),
@@ -431,7 +430,7 @@ def test_processes_share_every_batch_and_count_every_photo_once(photos, trained,
         parts.append(evaluate_split(model, split))
     for *quarters, batch in zip(*shares, alone, strict=True):
         assert sorted(sum(quarters, [])) == sorted(batch) and min(map(len, quarters)) == 5
-    assert all(torch.equal(sum(part), want) for part, want in zip(zip(*parts), whole))
+    torch.testing.assert_close([sum(part) for part in zip(*parts)], list(whole), rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="--batch 3: is shared between 4 processes"):
         processes.share(model, 3)
 
