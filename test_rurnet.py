@@ -156,6 +156,22 @@ def test_loss_equals_its_equation(passes, alpha, seed):
 
 
 @law
+@given(dice=st.floats(0.1, 5), seed=seeds)
+def test_dice_beside_the_loss_equals_its_definition(dice, seed):
+    torch.manual_seed(seed)
+    masks, truth = list(torch.randn(2, 3, 3, 5, 6).double()), torch.randint(3, (3, 5, 6))
+    truth[0, 0] = VOID
+    want, seen = recurrent_loss(masks, truth, 0.4), truth != VOID
+    for s, weight in zip(masks, (0.4, 1)):
+        p, foreground = s.exp()[:, 1:].sum(1) / s.exp().sum(1), seen & (truth > 0)
+        overlap = (2 * p[foreground].sum() + 1) / (p[seen].sum() + foreground.sum() + 1)
+        want = want + weight * dice * (1 - overlap)
+    torch.testing.assert_close(recurrent_loss(masks, truth, 0.4, dice=dice), want)
+    shared = recurrent_loss(masks, truth, 0.4, 2 * seen.sum(), dice)  # as where two processes share a batch
+    torch.testing.assert_close(shared, want / 2)
+
+
+@law
 @given(passes=st.integers(1, 4), alpha=st.floats(0.1, 1), seed=seeds)
 def test_a_last_pass_is_one_term_of_the_loss_and_its_gradient_stays_there(passes, alpha, seed):
     torch.manual_seed(seed)

@@ -63,7 +63,7 @@ def main():
     for run in runs:
         model, config = load(run / "last.pt").eval(), read_checkpoint(run / "last.pt")["config"]
         for split in "train", "val":
-            found = diagnose(model, open_dataset(folder, split), config["crop"])
+            found = diagnose(model, open_dataset(folder, split), config["crop"] or model.size)
             rows += [dict(run=run.name, split=split, given=what, F1=f"{f1:.4f}") for what, f1 in found.items()]
     with open(tables.RESULTS / "diagnosis.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")

@@ -155,36 +155,19 @@ def draw_architecture():
     keep_figure(figure, "architecture")
 
 
-SHOWN = {"U-Net-B": GREY, "U-Net-G": GREY, "U-Net-G, 3 x steps": GREY, "Rec-Simple": BLUE, "Rec-Middle": BLUE,
-         "Rec-Last": BLUE, "SRU(4)": GREEN, "DRU(4)": GREEN, "SRU(0)": GREEN, "DRU(0)": GREEN}  # fmt: skip
-
-
 def draw_evidence():
-    """The last pass's test score of every seed."""
-    figure, axes = plt.subplots(1, len(NAMED), figsize=(11, 3), sharey=True, layout="constrained")
+    """After each pass of the long runs DRU(4), a line for each seed; left of it the U-Net, whose dots are seeds."""
+    figure, axes = plt.subplots(1, len(NAMED), figsize=(9, 2.8), layout="constrained")
     for ax, (data, name) in zip(axes, NAMED.items()):
-        for y, (system, color) in enumerate(SHOWN.items()):
-            values = scores_of(data, system)
-            ax.plot(values, [y] * len(values), "o", color=color)
-        ax.set(title=name, yticks=range(len(SHOWN)), yticklabels=list(SHOWN))
-        ax.margins(x=0.2)
-        ax.locator_params(axis="x", nbins=5)
-        ax.grid(axis="x", alpha=0.3)
-    axes[0].invert_yaxis()
-    keep_figure(figure, "evidence")
-
-
-def draw_looking():
-    """DRU(4) after each pass beside DRU(4) trained for one, every seed a line."""
-    figure, axes = plt.subplots(1, len(NAMED), figsize=(11, 2.6), layout="constrained")
-    for ax, (data, name) in zip(axes, NAMED.items()):
-        for seed in zip(*(scores_of(data, "DRU(4)", t) for t in (1, 2, 3))):
-            ax.plot((1, 2, 3), seed, "o-", color=GREEN, lw=1)
-        once = scores_of(data, "N = 1", 1)
-        ax.plot([0] * len(once), once, "o", color=GREY)
-        ax.set(title=name, xticks=range(4), xticklabels=["trained\nfor one", "pass 1", "pass 2", "pass 3"])
+        for x, system in (-1, "U-Net-G"), (0, "U-Net-G, three views"):
+            values = scores_of(data, system, file="long.csv")
+            ax.plot([x] * len(values), values, "o", color=GREY)
+        for seed in zip(*(scores_of(data, "DRU(4)", t, "long.csv") for t in range(1, 6))):
+            ax.plot(range(1, 6), seed, "o-", color=GREEN, lw=1)
+        labels = ["U-Net", "three\nviews", *(f"pass {t}" if t == 1 else t for t in range(1, 6))]
+        ax.set(title=name, xticks=range(-1, 6), xticklabels=labels)
         ax.grid(axis="y", alpha=0.3)
-    keep_figure(figure, "looking")
+    keep_figure(figure, "evidence")
 
 
 # ---------------------------------------------------------------- what a trained network does
@@ -265,7 +248,7 @@ def draw_more_passes():
 
 
 DRAWINGS = {"architecture": draw_architecture, "unit": draw_unit, "unrolled": draw_unrolled,
-            "evidence": draw_evidence, "looking": draw_looking}  # fmt: skip
+            "evidence": draw_evidence}  # fmt: skip
 TRAINED = {"passes": draw_passes, "gates": draw_gates, "more_passes": draw_more_passes}
 
 

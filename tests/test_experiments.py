@@ -22,11 +22,11 @@ import gates_triton
 import train
 from data import open_dataset
 from evaluate import evaluate_split, load, segment
-from experiments import bench, compare, evidence, figures, gpu, tables, trials, video
+from experiments import bench, compare, diagnosis, evidence, figures, gpu, tables, video
 from rurnet import VOID, RecurrentUNet, recurrent_loss
 from support.checkpoints import read_checkpoint
 
-SCRIPTS |= {m.__name__: m for m in (compare, evidence, figures, tables, trials, video)}
+SCRIPTS |= {m.__name__: m for m in (compare, diagnosis, evidence, figures, tables, video)}
 
 
 def test_no_two_functions_have_one_name():
@@ -145,40 +145,46 @@ def test_tables_on_the_pages_are_what_results_say():
     assert run("experiments.tables", "--check").returncode == 0
 
 
+HEAD = "data,system,seed,commit,parameters,steps,minutes,epoch,val_mIoU,mIoU,IoU,F1,photos"
+
+
 def test_a_table_has_the_mean_of_the_seeds_after_the_right_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert all("awaited" in make() for make in tables.MAKE.values())
-    head = "data,system,seed,commit,parameters,steps,minutes,val_mIoU,mIoU,mPrec,mRec,mF1,IoU,F1"
-    rows = [f"hgr,{system},{k},abc,7,1,1,0,0,0,0,0,0.5 0.{k + 1} 0.{k + 4} 0.9 0.9,0"
+    assert all("awaited" in make() or make is tables.diagnosis_table for make in tables.MAKE.values())
+    rows = [f"hgr,{system},{k},abc,7,1,1,1,0,0,0.5 0.{k + 1} 0.{k + 4} 0.9 0.9,0,"
             for system in ("DRU(4)", "N = 1") for k in (0, 1, 2)]  # fmt: skip
-    (tmp_path / "evidence.csv").write_text("\n".join([head, *rows]))
-    text = tables.fill_tables("a\n<!-- table: evidence -->\nold\n<!-- end -->\nb")
-    assert "| DRU(4) | 7 | awaited | awaited | 0.500 (0.400 to 0.600) |" in text
-    assert "| DRU(4), one pass | 7 |  | awaited | 0.500 (0.500 to 0.500) |" in text
+    (tmp_path / "evidence.csv").write_text("\n".join([HEAD, *rows]))
+    text = tables.fill_tables("a\n<!-- table: short -->\nold\n<!-- end -->\nb")
+    assert "| DRU(4) | 7 | awaited | 0.500 (0.400 to 0.600) |" in text
+    assert "| DRU(4), one pass | 7 | awaited | 0.500 (0.500 to 0.500) |" in text
     assert text.startswith("a\n<!--") and text.endswith("-->\nb") and "old" not in text
+
+
+def test_a_lead_and_its_interval_are_those_of_a_paired_bootstrap(tmp_path, monkeypatch):
+    """Two photos of one seed have four equally likely resamples; two seeds of one photo too."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    iou = lambda a: a[0] / sum(a)
+    a, b, c, d = (6, 2, 2), (5, 0, 5), (8, 1, 1), (2, 2, 6)
+    sums = lambda *pairs: [tuple(map(sum, zip(*part))) for part in zip(*pairs)]
+    by_photo = [iou(x) - iou(y) for x, y in (sums((a, b), (c, d)), sums((a, b), (a, b)), sums((c, d), (c, d)))]
+    by_seed = [(iou(a) - iou(b) + iou(c) - iou(d)) / 2, iou(a) - iou(b), iou(c) - iou(d)]
+    text = lambda *photos: " ".join("/".join(map(str, photo)) for photo in photos)
+    for found, (value, *ends) in (([(a, c), (b, d)],), by_photo), (([(a,), (b,)], [(c,), (d,)]), by_seed):
+        rows = [f"hgr,{name},{seed},,7,1,1,,0,0,0.5,0,{text(*photos)}"
+                for seed, pair in enumerate(found) for name, photos in zip("AB", pair)]  # fmt: skip
+        (tmp_path / "long.csv").write_text("\n".join([HEAD, *rows]))
+        low, high = sorted(ends)
+        assert tables.lead_of("hgr", "A", "B") == f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    assert tables.lead_of("hgr", "A", "A") == "+0.0 (+0.0 to +0.0)"
 
 
 def test_evidence_commands_are_what_runs():
     runs = list(evidence.all_runs())
-    done = {(row["data"], row["system"], row["seed"]) for row in tables.read_rows("evidence.csv")}
-    assert len({r.key for r in runs}) == len(runs) == len({r.config.out for r in runs}) == 3 * (11 * 4 + 3 * 3)
-    assert len(done & {r.key for r in runs}) >= 3 * 11 * 4
-    assert {r.config.epochs for r in runs if "3 x" in r.system} == {3 * 16, 3 * 12, 3 * 7}
+    done = {(row["data"], row["system"], row["seed"]) for row in tables.read_rows("long.csv")}
+    assert len({r.key for r in runs}) == len(runs) == len({r.config.out for r in runs}) == 3 * 5 * 3
+    assert done <= {r.key for r in runs} | {(data, "U-Net-G, three views", s) for data in evidence.DATA for s in "012"}
     for r in runs:
-        assert train.parse(evidence.command_of(r).partition("  ")[0].split()[2:]) == r.config
-
-
-def test_ways_to_train_differ_in_training_alone():
-    image, nets = torch.randn(2, 3, 20, 24), [net() for net in (RecurrentUNet, evidence.Detached, evidence.OneDrawn)]
-    for net in nets[1:]:
-        net.load_state_dict(nets[0].state_dict())
-    want, detached, _ = masks = [net.eval()(image) for net in nets]
-    assert all(torch.equal(a, b) for own in masks for a, b in zip(own, want, strict=True))
-    assert torch.autograd.grad(want[2].sum(), want[0], allow_unused=True)[0] is not None
-    assert torch.autograd.grad(detached[2].sum(), detached[0], allow_unused=True)[0] is None
-    drawn = {next(t for t, s in enumerate(want) if torch.equal(s, only)) for (only,) in
-             (nets[2].train()(image) for _ in range(20))}  # fmt: skip
-    assert drawn == {0, 1, 2}
+        assert train.parse(evidence.command_of(r).split()[2:]) == r.config
 
 
 def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypatch):
@@ -187,19 +193,45 @@ def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypa
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     how = dict(data="photos", size=16, epochs=1, batch=20)
     chosen = [evidence.Run("photos", system, 0, train.Config(out=f"runs/evidence/{model}", model=model, **how))
-              for system, model in (("detached", "dru"), ("U-Net-G", "unet-g"))]  # fmt: skip
+              for system, model in (("DRU(4)", "dru"), ("U-Net-G", "unet-g"))]  # fmt: skip
     monkeypatch.setattr(evidence, "all_runs", lambda: chosen)
     with evidence.FileLock(tmp_path / "runs/evidence/unet-g/lock"):  # another process trains it
         evidence.run_all(at)
-    assert [row["system"] for row in tables.read_rows("evidence.csv")] == ["detached"]
-    (tmp_path / "evidence.csv").unlink()  # as if stopped before the test: the finished training is resumed
+    assert [row["system"] for row in tables.read_rows("long.csv")] == ["DRU(4)"]
+    (tmp_path / "long.csv").unlink()  # as if stopped before the test: the finished training is resumed
     for _ in range(2):  # the second finds nothing left to do
         assert run("experiments.evidence", "run", at).returncode == 0
-    detached, plain = tables.read_rows("evidence.csv")
-    assert detached["parameters"] == str(count_parameters(RecurrentUNet())) and len(detached["IoU"].split()) == 5
-    assert detached["steps"] == plain["steps"] == "20"  # 6 photos, 67 times, 20 a step
-    (matrix,), *_ = evaluate_split(load("runs/evidence/unet-g/best.pt"), open_dataset(at / "photos", "test"))
-    assert plain["IoU"] == f"{matrix[1, 1] / (matrix.sum() - matrix[0, 0]):.4f}"
+    drawn, plain, views = tables.read_rows("long.csv")
+    assert drawn["parameters"] == str(count_parameters(RecurrentUNet())) and len(drawn["val_mIoU"].split()) == 3
+    assert drawn["steps"] == plain["steps"] == "20" and plain["epoch"] == "1 of 1"  # 6 photos, 67 times, 20 a step
+    model, photos = load("runs/evidence/unet-g/best.pt"), open_dataset(at / "photos", "test")
+    (matrix,), *_ = evaluate_split(model, photos)
+    hit, false, missed = sum(np.array(photo.split("/"), int) for photo in plain["photos"].split())
+    assert (hit, false, missed) == (matrix[1, 1], matrix[0, 1], matrix[1, 0])
+    assert plain["IoU"] == f"{hit / (hit + false + missed):.4f}" and views["system"] == "U-Net-G, three views"
+    for upside_down, turn in (True, lambda x: x.flip(2)), (False, lambda x: x.roll((8, 8), (2, 3))):
+        image = torch.randn(1, 3, 32, 48)
+        (got,) = evidence.ThreeViews(model, upside_down)(image)
+        logits = lambda x: model.net(x)[0].softmax(1)
+        undo = turn if upside_down else lambda x: x.roll((-8, -8), (2, 3))
+        want = (logits(image) + logits(image.flip(3)).flip(3) + undo(logits(turn(image)))) / 3
+        torch.testing.assert_close(got.softmax(1), want)
+
+
+def test_a_diagnosis_gives_pass_two_what_it_says(trained, tmp_path, monkeypatch):
+    at, _ = trained
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert run("experiments.diagnosis", at / "photos", at / "run").returncode == 0
+    rows, model = tables.read_rows("diagnosis.csv"), load(at / "run/last.pt")
+    f1 = {(row["split"], row["given"]): row["F1"] for row in rows}
+    assert len(rows) == 2 * 12 and f1["train", "pass 2, given its own mask"] == f1["train", "pass 2"]
+    image, truth = torch.randn(1, 3, 32, 40), torch.randint(2, (1, 32, 40))
+    tiles = diagnosis.masks_of_tiles(model.net, image, 16, 3)
+    torch.testing.assert_close(tiles[2][..., 16:, 24:], model.net(image[..., 16:, 24:])[2])  # the last column overlaps
+    masks, (s, (p, h)) = diagnosis.second_masks(model.net, image, truth), model.net.step(image, model.net.start(image))
+    right = torch.stack([1 - truth, truth], 1).float()
+    for given, mask in ("the truth", right), ("nothing", 0 * right), ("its own mask", s.softmax(1)):
+        torch.testing.assert_close(masks[f"pass 2, given {given}"], model.net.step(image, (mask, h))[0])
 
 
 def test_a_moved_photo_and_its_moved_mask_stay_aligned():
@@ -219,22 +251,6 @@ def test_a_moved_photo_and_its_moved_mask_stay_aligned():
     still, net = video.draw_maps(np.random.default_rng(1), 3, 4, pace=0), RecurrentUNet(width=4)
     want = recurrent_loss(net(F.avg_pool2d(image, 2)), truth[:, 1::2, 1::2], 0.4)
     torch.testing.assert_close(video.motion_loss(net, image, truth, *still), want, rtol=0.02, atol=0)
-
-
-def test_losses_for_few_pixels_equal_their_definitions():
-    masks, truth = list(torch.randn(2, 3, 2, 5, 6).double()), torch.randint(2, (3, 5, 6))
-    truth[0, 0] = 255
-    weighted, dice, plain = 0, 0, recurrent_loss(masks, truth, 0.4)
-    for s, weight in zip(masks, (0.4, 1)):
-        p, seen = s.exp()[:, 1] / s.exp().sum(1), truth != 255
-        entropy = -torch.where(truth == 1, 4 * p.log(), (1 - p).log())[seen].sum() / seen.sum()
-        overlap = (2 * p[truth == 1].sum() + 1) / (p[seen].sum() + (truth == 1).sum() + 1)
-        weighted, dice = weighted + weight * entropy, dice + weight * (1 - overlap)
-    few = trials.LOSSES["foreground counts 4 times"], trials.LOSSES["Dice beside it"]
-    got = [loss(masks, truth, 0.4, (truth != 255).sum()) for loss in few]
-    torch.testing.assert_close(got, [weighted, plain + dice])
-    shared = few[1](masks, truth, 0.4, 2 * (truth != 255).sum())  # as where two processes share a batch
-    torch.testing.assert_close(shared, (plain + dice) / 2)
 
 
 def test_runs_are_compared(trained, tmp_path, monkeypatch):
