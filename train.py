@@ -134,8 +134,8 @@ def learn(c, net, folder, criterion, device, out, rank, world):
         start_from(net, c.start, network, folder)
     net = for_device(net, device)
     drawn = c.teach == "one" and hasattr(net, "step")
-    learner = processes.share(Graphed(LastPass(net) if drawn else net), c.batch)
-    odds = [c.alpha ** (c.passes - n) for n in range(1, c.passes + 1)]
+    learner, passes = processes.share(Graphed(LastPass(net) if drawn else net), c.batch), range(1, c.passes + 1)
+    odds = [c.alpha ** (c.passes - n) if drawn else n == c.passes for n in passes]  # drawn as (7) weighs them
     # On small sets the weights of single steps swing by ten points of validation IoU; their running mean does not.
     ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     model = Segmenter(replayed(ema.module, device), c.size, c.passes, c.views)
@@ -144,17 +144,15 @@ def learn(c, net, folder, criterion, device, out, rank, world):
     optimiser = torch.optim.AdamW(baselines.parameter_groups(net, c.lr, bool(c.weights)), weight_decay=1e-2)
     steps, peaks = len(photos) // c.batch or 1, [group["lr"] for group in optimiser.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, total_steps=c.epochs * steps)
-    log, best, done = [], 0.0, 0  # done: steps of the epoch under way
-    total, norms = 0.0, 0.0  # sums over these steps: the losses, the norms of their gradients
+    log, best, done, total, norms = [], 0.0, 0, 0.0, 0.0  # of the epoch under way: steps, sums of losses and gradients
     about = {"network": network, "input": {name: getattr(c, name) for name in ("size", "passes", "views")}}
     about |= {"classes": folder.classes, "config": asdict(c), "photos": folder.fingerprint("train", "val")}
     weights = {"model": net, "ema": ema.module}
     everything = weights | {"optimiser": optimiser, "schedule": schedule}
     if c.resume:
         if state["classes"] != folder.classes or [*state["photos"].items()] != [*about["photos"].items()]:
-            changed = differences(state["photos"], about["photos"])
-            raise ValueError(f"{c.data}: its photos or classes have changed since {out}/last.pt ({changed}); put them "
-                             f"back, or begin a new run with its weights: --start {out}/last.pt")  # fmt: skip
+            found, last = differences(state["photos"], about["photos"]), f"{out}/last.pt"
+            raise ValueError(f"{c.data}: changed since {last} ({found}); undo that, or begin a new run: --start {last}")
         with one_sentence(out / "last.pt"):
             load_parts(everything, state)
             log, best, done, total, norms = (state[name] for name in ("log", "best", "done", "total", "norms"))
@@ -185,8 +183,8 @@ def learn(c, net, folder, criterion, device, out, rank, world):
                 image, truth = (x.to(device, non_blocking=True) for x in next(loader))
                 pixels = processes.sum_over_processes((truth != VOID).sum())
                 with autocast(device):
-                    n = Random(f"{c.seed} {schedule.last_epoch}").choices(range(1, c.passes + 1), odds)[0]
-                    masks = learner(image, n if drawn else c.passes)  # logits
+                    (n,) = Random(f"{c.seed} {schedule.last_epoch}").choices(passes, odds)  # alike in all processes
+                    masks = learner(image, n)  # logits of pass n, or with --teach all of each
                     loss = criterion(masks, truth, c.alpha, pixels)  # eq. (7)
                 optimiser.zero_grad()
                 (loss * world).backward()  # processes average their gradients; their losses are parts of one sum
@@ -201,8 +199,7 @@ def learn(c, net, folder, criterion, device, out, rank, world):
             processes.copy_buffers_from_first(ema.module)
             score, columns = summary(*evaluate_split(model, held_out))
             seconds, loss, lr = time.monotonic() - began, total / steps, schedule.get_last_lr()[0]
-            row = {"epoch": epoch, "loss": loss, "gradient": norms / steps, "lr": lr, "seconds": seconds}
-            log.append(row | columns)
+            log.append(dict(epoch=epoch, loss=loss, gradient=norms / steps, lr=lr, seconds=seconds) | columns)
             best, done, total, norms = max(best, score), 0, 0.0, 0.0
             if score == best:
                 save_as("best.pt", weights)
@@ -210,8 +207,8 @@ def learn(c, net, folder, criterion, device, out, rank, world):
                 write_log(log, asdict(c), out)
             save_as("last.pt", everything)
             reached = f"loss {loss:.4f}  val mIoU {score:.4f}  best {best:.4f}  {seconds:.1f} s"
-            left = f"{(c.epochs - epoch) * seconds / 60:.0f} min left"
-            processes.print_once(f"epoch {epoch:3}/{c.epochs}  {reached}, {left}")
+            left = (c.epochs - epoch) * seconds / 60
+            processes.print_once(f"epoch {epoch:3}/{c.epochs}  {reached}, {left:.0f} min left")
             interrupts.obey(f"epoch {epoch}")
 
 

@@ -374,7 +374,7 @@ def test_resuming_says_what_has_changed(trained, tmp_path, words, change):
     shutil.copytree(trained[0] / "run", tmp_path / "run")
     change(tmp_path / "photos")
     done = run("train.py", "--data", tmp_path / "photos", "--out", tmp_path / "run", "--resume")
-    assert "its photos or classes have changed since" in done.stderr and words in done.stderr
+    assert "photos: changed since" in done.stderr and words in done.stderr
     again = re.search("(--start .*)\n", done.stderr)[1].split()
     assert run("train.py", "--data", tmp_path / "photos", "--out", tmp_path / "new", *again, *TINY[4:]).returncode == 0
 
