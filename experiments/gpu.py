@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from gates_triton import TRANSFERS, FusedNorm, fuse, fused_reset, fused_update, plain_reset, plain_update
-from rurnet import RecurrentUNet, recurrent_loss
+from rurnet import LastPass, RecurrentUNet, recurrent_loss
 from support.runtime import Graphed, Replayed
 
 ROOT = Path(__file__).parent.parent
@@ -224,6 +224,7 @@ def time_training():
     for dtype in BOTH:
         nets = {"plain": dru(), "plain, again": dru(), "channels last": dru().to(memory_format=torch.channels_last),
                 "plain, graphs": Graphed(dru()), "fused": fuse(dru()), "fused, graphs": Graphed(fuse(dru())),
+                "fused, graphs, pass 3 alone": Graphed(LastPass(fuse(dru()))),
                 "compile": torch.compile(dru(), dynamic=False)}  # fmt: skip
         forms = {name: training_step(net, SIZES[-1], DEVICE, dtype) for name, net in nets.items()}
         print_forms(f"training step, {dtype}", forms)

@@ -119,14 +119,19 @@ def test_a_step_teaches_one_drawn_pass_or_all(photos, short, tmp_path, monkeypat
 
 def test_what_a_checkpoint_holds(photos, short, tmp_path, monkeypatch):
     """Of a network and a loss of one's own, after two epochs, of which the first scores better."""
-    net, weights, losses = RecurrentUNet(width=2, hidden=3, level=1), [], []
+    net, weights, losses, norms = RecurrentUNet(width=2, hidden=3, level=1), [], [], []
     ious, criterion = iter([0.9, 0.5]), lambda *a: losses.append(recurrent_loss(*a)) or losses[-1]
     monkeypatch.setattr(train, "summary", lambda *_: (next(ious), {"CE_1": 1, "mIoU_1": 1}))
-    hook = register_optimizer_step_post_hook(lambda *_: weights.append([p.detach().clone() for p in net.parameters()]))
+
+    def note(*_):
+        weights.append([p.detach().clone() for p in net.parameters()])
+        norms.append(sum(p.grad.double().square().sum() for p in net.parameters()).sqrt().item())
+
+    hook = register_optimizer_step_post_hook(note)
     c = tiny(photos, tmp_path, batch=7)
     train.train(c, net, data.survey(photos), criterion)
     hook.remove()
-    losses = [sum(losses[:3]).item() / 3, sum(losses[3:]).item() / 3]
+    means = [(sum(losses[k : k + 3]).item() / 3, sum(norms[k : k + 3]) / 3) for k in (0, 3)]
     for name, steps, parts in ("best.pt", 3, set()), ("last.pt", 6, {"optimiser", "schedule"}):
         content, mean = torch.load(tmp_path / name, weights_only=True), weights[0]
         about = {"network", "input", "classes", "config", "photos", "log", "best", "done", "total", "norms"}
@@ -136,8 +141,10 @@ def test_what_a_checkpoint_holds(photos, short, tmp_path, monkeypatch):
         for part, want, within in ("model", weights[steps - 1], 0), ("ema", mean, 1e-6):
             assert content[part].keys() == net.state_dict().keys()
             torch.testing.assert_close([*content[part].values()], want, rtol=0, atol=within)
-        assert [row["loss"] for row in content["log"]] == pytest.approx(losses[: steps // 3])
-        assert (content["best"], content["done"], content["total"], len(content["photos"])) == (0.9, 0, 0, 7)
+        for row, (loss, norm) in zip(content["log"], means[: steps // 3], strict=True):
+            assert (row["loss"], row["gradient"]) == pytest.approx((loss, norm))
+        progress = [content[name] for name in ("best", "done", "total", "norms")]
+        assert progress == [0.9, 0, 0, 0] and len(content["photos"]) == 7
     n = len(weights[0])  # tensors, each in the file of best.pt twice: as trained, and their running mean
     assert (tmp_path / "best.pt").stat().st_size < 2 * (4 * sum(p.numel() for p in weights[0]) + 500 * n) + 20_000
     own = load(tmp_path / "last.pt", net=RecurrentUNet(width=2, hidden=3, level=1))
