@@ -25,7 +25,7 @@ def second_masks(net, image, truth):
     _, (p, h) = net.step(image, net.start(image))
     right = F.one_hot(truth.clamp(max=1), 2).permute(0, 3, 1, 2).float()
     blurred = F.avg_pool2d(p, 9, 1, 4, count_include_pad=False)
-    given = {"its own mask": p, "the truth": right, "nothing": torch.zeros_like(p), "its own, blurred": blurred}
+    given = {"the truth": right, "nothing": torch.zeros_like(p), "its mask, blurred": blurred}
     return {f"pass 2, given {what}": net.step(image, (mask, h))[0] for what, mask in given.items()}
 
 
@@ -47,9 +47,10 @@ def diagnose(model, photos, crop):
     for photo, mask in map(photos.pictures, range(len(photos))):
         image = model.to_input(photo)
         truth = torch.from_numpy(np.array(resize(mask, model.size, 0), np.int64))
-        found = {f"pass {t}": s for t, s in enumerate(model.net(image, 5), 1)}
-        found |= {f"tiles, pass {t}": s for t, s in enumerate(masks_of_tiles(model.net, image, crop, 3), 1)}
-        found |= second_masks(model.net, image, truth[None])
+        masks = model.net(image, 3)
+        found = {f"pass {t}": s for t, s in enumerate(masks, 1)}
+        found |= {f"tiles, pass {t}": s for t, s in enumerate(masks_of_tiles(model.net, image, crop, len(masks)), 1)}
+        found |= second_masks(model.net, image, truth[None]) if hasattr(model.net, "step") else {}
         for what, s in found.items():
             matrices[what] = matrices.get(what, 0) + confusion(s[0].argmax(0), truth, 2)
     return {what: scores(matrix)["F1"] for what, matrix in matrices.items()}
@@ -62,9 +63,10 @@ def main():
     folder, rows = survey(root), []
     for run in runs:
         model, config = load(run / "last.pt").eval(), read_checkpoint(run / "last.pt")["config"]
+        crop = config["crop"] or model.size
         for split in "train", "val":
-            found = diagnose(model, open_dataset(folder, split), config["crop"] or model.size)
-            rows += [dict(run=run.name, split=split, given=what, F1=f"{f1:.4f}") for what, f1 in found.items()]
+            found, name = diagnose(model, open_dataset(folder, split), crop), f"{config['model']}, crops of {crop}"
+            rows += [dict(run=name, split=split, given=what, F1=f"{f1:.4f}") for what, f1 in found.items()]
     with open(tables.RESULTS / "diagnosis.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

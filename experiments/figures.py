@@ -17,7 +17,7 @@ import torch
 
 from data import open_dataset
 from evaluate import evaluate_split, load, scores
-from experiments.tables import NAMED, scores_of
+from experiments.tables import NAMED, read_rows, scores_of
 from support.checkpoints import read_checkpoint
 
 matplotlib.use("Agg")
@@ -170,6 +170,28 @@ def draw_evidence():
     keep_figure(figure, "evidence")
 
 
+def draw_crops():
+    """How DRU(4)'s first and third pass grow with the crops of its training, and what whole photos do to them."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.6), layout="constrained")
+    rows = [row for row in read_rows("diagnosis.csv") if row["split"] == "val"]
+    scored = {(row["run"], row["given"]): float(row["F1"]) for row in rows}
+    for crop, color in ("160", RED), ("320", GREEN):
+        log = read_rows(f"crops_{crop}.csv")
+        for t, style in (1, ":"), (3, "-"):
+            ious, shares = [float(row[f"mIoU_{t}"]) for row in log], np.linspace(0, 1, len(log) + 1)[1:]
+            left.plot(shares, ious, style, color=color, label=f"crops of {crop}, pass {t}")
+        for where, style in ("", "o-"), ("tiles, ", "s:"):
+            f1 = [scored[f"dru, crops of {crop}", f"{where}pass {t}"] for t in (1, 2, 3)]
+            label = f"crops of {crop}, {'in tiles' if where else 'whole photos'}"
+            right.plot((1, 2, 3), f1, style, color=color, label=label)
+    left.set(xlabel="share of the training", ylabel="validation mIoU", ylim=(0.75, 0.81))
+    right.set(xlabel="pass", ylabel="validation F1", xticks=(1, 2, 3))
+    for ax in left, right:
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.grid(axis="y", alpha=0.3)
+    keep_figure(figure, "crops")
+
+
 # ---------------------------------------------------------------- what a trained network does
 def load_example():
     """The network that README's first command trains, and the test photos of its data."""
@@ -248,7 +270,7 @@ def draw_more_passes():
 
 
 DRAWINGS = {"architecture": draw_architecture, "unit": draw_unit, "unrolled": draw_unrolled,
-            "evidence": draw_evidence}  # fmt: skip
+            "evidence": draw_evidence, "crops": draw_crops}  # fmt: skip
 TRAINED = {"passes": draw_passes, "gates": draw_gates, "more_passes": draw_more_passes}
 
 

@@ -8,7 +8,6 @@ import csv
 import re
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,30 +118,19 @@ def each_pass_table():
 
 
 def short_table():
-    systems = {system: (system, 3) for system in BENCH} | {"DRU(4), one pass": ("N = 1", 1)}
+    systems = {system: (system, 3) for system in BENCH}
+    systems |= {"DRU(4), one drawn pass": ("one drawn, 2 x steps", 3), "DRU(4), one pass": ("N = 1", 1)}
     lines = [[title, parameters_of(system), *(spread(scores_of(data, system, passes)) for data in NAMED)]
              for title, (system, passes) in systems.items()]  # fmt: skip
     return markdown(["", "parameters", *NAMED.values()], lines)
-
-
-def passes_table():
-    """Means after the first and the last of three passes, by the way of training."""
-    def cell(data, system):
-        first, last = scores_of(data, system, 1), scores_of(data, system)
-        return mean_of(last) if "U-Net" in system else f"{mean_of(first)}, {mean_of(last)}"
-
-    systems = {"all passes": "DRU(4)", "one drawn pass, 2 x steps": "one drawn, 2 x steps", "for one pass": "N = 1",
-               "U-Net-G": "U-Net-G", "U-Net-G, 3 x steps": "U-Net-G, 3 x steps"}  # fmt: skip
-    lines = [[title, *(cell(data, system) for data in NAMED)] for title, system in systems.items()]
-    return markdown(["trained", *(f"{name}, pass 1 and 3" for name in NAMED.values())], lines)
 
 
 def diagnosis_table():
     """F1 on training and validation photos, by what the network was given."""
     rows = read_rows("diagnosis.csv")
     runs, given = (list(dict.fromkeys(row[name] for row in rows)) for name in ("run", "given"))
-    found = {(row["run"], row["given"], row["split"]): row["F1"] for row in rows}
-    lines = [[what, *(found[run, what, split] for run in runs for split in ("train", "val"))] for what in given]
+    f1 = {(row["run"], row["given"], row["split"]): row["F1"] for row in rows}
+    lines = [[what, *(f1.get((run, what, split), "") for run in runs for split in ("train", "val"))] for what in given]
     return markdown(["F1", *(f"{run}, {split}" for run in runs for split in ("training", "validation"))], lines)
 
 
@@ -160,9 +148,9 @@ def changes_table():
     return markdown(["what changes in DRU(4)", "parameters", *(NAMED[data] for data in ABLATED)], lines)
 
 
-def trial_table(trial):
-    """A row for each way, a pair of columns for each set: validation, by which one chooses, and test."""
-    rows = [row for row in read_rows("trials.csv") if row["trial"] == trial and row["way"] != "its base"]
+def rare_table():
+    """A row for each loss, a pair of columns for each set: validation, by which one chooses, and test."""
+    rows = [row for row in read_rows("trials.csv") if row["trial"] == "rare"]
     sets, ways = (list(dict.fromkeys(row[name] for row in rows)) for name in ("data", "way"))
     of = lambda data, way, name: [float(r[name]) for r in rows if (r["data"], r["way"]) == (data, way)]
     cells = lambda data, way: (mean_of(of(data, way, "val_IoU")), spread(of(data, way, "IoU")))
@@ -229,10 +217,9 @@ def traffic_table():
     return "\n".join(["```text", *(read_result("traffic.txt") or ["awaited"]), "```"])
 
 
-MAKERS = (finding_table, long_table, each_pass_table, short_table, passes_table, diagnosis_table, changes_table,
+MAKERS = (finding_table, long_table, each_pass_table, short_table, diagnosis_table, changes_table, rare_table,
           systems_table, infer_table, train_table, video_table, traffic_table)  # fmt: skip
 MAKE = {maker.__name__.removesuffix("_table"): maker for maker in MAKERS}
-MAKE |= {trial: partial(trial_table, trial) for trial in ("rare", "start", "longer")}
 
 
 def fill_tables(text):

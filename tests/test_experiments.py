@@ -224,13 +224,13 @@ def test_a_diagnosis_gives_pass_two_what_it_says(trained, tmp_path, monkeypatch)
     assert run("experiments.diagnosis", at / "photos", at / "run").returncode == 0
     rows, model = tables.read_rows("diagnosis.csv"), load(at / "run/last.pt")
     f1 = {(row["split"], row["given"]): row["F1"] for row in rows}
-    assert len(rows) == 2 * 12 and f1["train", "pass 2, given its own mask"] == f1["train", "pass 2"]
+    assert len(rows) == 2 * 9 and float(f1["train", "tiles, pass 3"]) > 0.5
     image, truth = torch.randn(1, 3, 32, 40), torch.randint(2, (1, 32, 40))
     tiles = diagnosis.masks_of_tiles(model.net, image, 16, 3)
     torch.testing.assert_close(tiles[2][..., 16:, 24:], model.net(image[..., 16:, 24:])[2])  # the last column overlaps
-    masks, (s, (p, h)) = diagnosis.second_masks(model.net, image, truth), model.net.step(image, model.net.start(image))
+    masks, (_, (_, h)) = diagnosis.second_masks(model.net, image, truth), model.net.step(image, model.net.start(image))
     right = torch.stack([1 - truth, truth], 1).float()
-    for given, mask in ("the truth", right), ("nothing", 0 * right), ("its own mask", s.softmax(1)):
+    for given, mask in ("the truth", right), ("nothing", 0 * right):
         torch.testing.assert_close(masks[f"pass 2, given {given}"], model.net.step(image, (mask, h))[0])
 
 
