@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import open_dataset
-from evaluate import evaluate_split, load, scores
+from evaluate import load
 from experiments.tables import NAMED, read_rows, scores_of
 from support.checkpoints import read_checkpoint
 
@@ -257,21 +257,9 @@ def draw_gates():
     keep_figure(figure, "gates")
 
 
-def draw_more_passes():
-    model, photos = load_example()
-    model.passes = 6
-    figure, ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
-    values = [scores(matrix)["IoU"] for matrix in evaluate_split(model, photos)[0]]
-    ax.axvspan(0.7, 3.5, color=GREEN, alpha=0.1, lw=0)
-    ax.plot(range(1, 7), values, "o-", color=BLUE)
-    ax.set(xlabel="passes at test time", ylabel="IoU of the hands", xlim=(0.7, 6.3), ylim=(0.8, 1))
-    ax.set_title("shaded: the passes it was trained with")
-    keep_figure(figure, "more_passes")
-
-
 DRAWINGS = {"architecture": draw_architecture, "unit": draw_unit, "unrolled": draw_unrolled,
             "evidence": draw_evidence, "crops": draw_crops}  # fmt: skip
-TRAINED = {"passes": draw_passes, "gates": draw_gates, "more_passes": draw_more_passes}
+TRAINED = {"passes": draw_passes, "gates": draw_gates}
 
 
 def keep_figure(figure, name):
