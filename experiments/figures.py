@@ -164,7 +164,7 @@ def draw_evidence():
             ax.plot([x] * len(values), values, "o", color=GREY)
         for seed in zip(*(scores_of(data, "DRU(4)", t, "long.csv") for t in range(1, 6))):
             ax.plot(range(1, 6), seed, "o-", color=GREEN, lw=1)
-        labels = ["U-Net", "three\nviews", *(f"pass {t}" if t == 1 else t for t in range(1, 6))]
+        labels = ["U-\nNet", "three\nviews", *(f"pass\n{t}" for t in range(1, 6))]
         ax.set(title=name, xticks=range(-1, 6), xticklabels=labels)
         ax.grid(axis="y", alpha=0.3)
     keep_figure(figure, "evidence")
