@@ -109,14 +109,6 @@ def long_table():
     return markdown(["", "parameters", *heads], lines)
 
 
-def each_pass_table():
-    """Means of the seeds after each pass."""
-    systems = [system for system in dict.fromkeys(row["system"] for row in read_rows("long.csv")) if "DRU" in system]
-    cell = lambda data, system: ", ".join(mean_of(scores_of(data, system, t, "long.csv")) for t in range(1, 6))
-    lines = [[system, *(cell(data, system) for data in NAMED)] for system in systems]
-    return markdown(["passes 1 to 5", *NAMED.values()], lines)
-
-
 def short_table():
     systems = {system: (system, 3) for system in BENCH}
     systems |= {"DRU(4), one drawn pass": ("one drawn, 2 x steps", 3), "DRU(4), one pass": ("N = 1", 1)}
@@ -217,8 +209,8 @@ def traffic_table():
     return "\n".join(["```text", *(read_result("traffic.txt") or ["awaited"]), "```"])
 
 
-MAKERS = (finding_table, long_table, each_pass_table, short_table, diagnosis_table, changes_table, rare_table,
-          systems_table, infer_table, train_table, video_table, traffic_table)  # fmt: skip
+MAKERS = (finding_table, long_table, short_table, diagnosis_table, changes_table, rare_table, systems_table,
+          infer_table, train_table, video_table, traffic_table)  # fmt: skip
 MAKE = {maker.__name__.removesuffix("_table"): maker for maker in MAKERS}
 
 
