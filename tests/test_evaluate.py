@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BOX, law, seeds, write_checkpoint, write_pair
+from conftest import BOX, HERE, law, seeds, write_checkpoint, write_pair
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from data import open_dataset
 from evaluate import (Segmenter, break_even, confusion, evaluate_split, load, print_table, scores, segment, summary,
                       start_from, to_classes, to_photo)  # fmt: skip
+from experiments import tables
 from paper.baselines import build
 from rurnet import RecurrentUNet
+from support.checkpoints import read_checkpoint
 
 
 def test_a_checkpoint_describes_its_own_network(tmp_path, monkeypatch):
@@ -60,6 +62,17 @@ def test_another_architecture_a_photo_too_long_and_logits_that_are_no_numbers_ar
     model.net.head.weight.data.mul_(1e38).mul_(1e38)
     with pytest.raises(ValueError, match="no number"):
         segment(model, Image.new("RGB", (40, 40), (200, 10, 10)))
+
+
+@pytest.mark.parametrize("name, data", [("drive", "DRIVE"), ("roads", "roads")])
+def test_weights_are_those_of_the_card_and_of_the_long_runs(name, data):
+    path, card = HERE / f"weights/{name}.pt", (HERE / "weights/README.md").read_text(encoding="utf-8")
+    content, section = read_checkpoint(path), card.partition(f"## {name}.pt")[2].partition("##")[0]
+    row = tables.runs_of(data, "DRU(4)", "long.csv")[content["config"]["seed"]]
+    assert sum(p.numel() for p in load(path).net.parameters()) == int(row["parameters"])
+    assert path.stat().st_size < 1.7e6 and f"{content['best']:.4f}" == row["val_mIoU"].split()[-1]
+    for words in f"F1 {row['F1'].split()[2]}", f"IoU {row['IoU'].split()[2]}", f"--seed {row['seed']}", row["commit"]:
+        assert words in section
 
 
 @law
