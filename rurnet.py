@@ -243,19 +243,20 @@ def recurrent_loss(masks, truth, alpha, pixels=None, dice=0.0):
 
 
 class LastPass(nn.Module):
-    """A RecurrentUNet for training: net(image, n) is pass n alone, [(B, K, H, W)]; the passes before it only run.
+    """A RecurrentUNet for training: net(image, n) is pass n alone, [(B, K, H, W)]; passes 1 to n - 1 only run forward.
 
-    With n drawn for every step, the loss is a sample of eq. (7) whose gradient stays within one pass. Its cost too.
+    With n drawn by the weights of eq. (7), the mean of the loss is (7), but for a factor. The gradient stays within
+    pass n, and so does the memory.
     """
 
     def __init__(self, net):
         super().__init__()
         self.net = net
 
-    def forward(self, image, passes):
+    def forward(self, image, n):
         state = self.net.start(image)
         with torch.no_grad():
-            for _ in range(passes - 1):
+            for _ in range(n - 1):
                 _, state = self.net.step(image, state)
         return [self.net.step(image, state)[0]]
 

@@ -52,7 +52,7 @@ class Config:
     hidden: int = knob(16, "channels of the hidden state", (1, 1024))
     passes: int = knob(3, "N, how often the network sees each photo", (1, 1000))
     teach: str = knob("one", "the passes a step teaches: one drawn from 1 to N, or all", choices=["one", "all"])
-    alpha: float = knob(0.4, "pass t weighs alpha**(N - t) in the loss; 1 weighs all alike", (1e-6, 1))
+    alpha: float = knob(0.4, "alpha**(N - t) is how often pass t is drawn, or with --teach all its weight", (1e-6, 1))
     dice: float = knob(0.0, "adds this times 1 - Dice to the loss; 1 where few pixels are foreground", (0, 100))
     size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most are smaller", (16, 4096))
     crop: int = knob(0, "side of the training crops; 0: as --size", (16, 4096))
@@ -134,8 +134,8 @@ def learn(c, net, folder, criterion, device, out, rank, world):
         start_from(net, c.start, network, folder)
     net = for_device(net, device)
     drawn = c.teach == "one" and hasattr(net, "step")
-    learner, passes = processes.share(Graphed(LastPass(net) if drawn else net), c.batch), range(1, c.passes + 1)
-    odds = [c.alpha ** (c.passes - n) if drawn else n == c.passes for n in passes]  # drawn as (7) weighs them
+    learner = processes.share(Graphed(LastPass(net) if drawn else net), c.batch)
+    odds = {n: c.alpha ** (c.passes - n) for n in range(1, c.passes + 1)}  # of pass n, as eq. (7) weighs it
     # On small sets the weights of single steps swing by ten points of validation IoU; their running mean does not.
     ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True)
     model = Segmenter(replayed(ema.module, device), c.size, c.passes, c.views)
@@ -182,10 +182,10 @@ def learn(c, net, folder, criterion, device, out, rank, world):
             for _ in tqdm(range(done, steps), f"epoch {epoch}", leave=False, disable=rank > 0 or None):
                 image, truth = (x.to(device, non_blocking=True) for x in next(loader))
                 pixels = processes.sum_over_processes((truth != VOID).sum())
+                n = Random(f"{c.seed} {schedule.last_epoch}").choices([*odds], odds.values())[0] if drawn else c.passes
                 with autocast(device):
-                    (n,) = Random(f"{c.seed} {schedule.last_epoch}").choices(passes, odds)  # alike in all processes
-                    masks = learner(image, n)  # logits of pass n, or with --teach all of each
-                    loss = criterion(masks, truth, c.alpha, pixels)  # eq. (7)
+                    masks = learner(image, n)  # logits of the drawn pass n alone, or of all N
+                    loss = criterion(masks, truth, c.alpha, pixels)  # that term of eq. (7), or all of it
                 optimiser.zero_grad()
                 (loss * world).backward()  # processes average their gradients; their losses are parts of one sum
                 loss, norm = processes.finite_sum(loss, net, f"epoch {epoch}, step {done + 1}")

@@ -17,13 +17,14 @@ from data import open_dataset, survey
 from evaluate import confusion, load, scores
 from experiments import tables
 from support.checkpoints import read_checkpoint
-from support.pictures import resize
+from support.pictures import VOID, resize
 
 
 def second_masks(net, image, truth):
     """The logits of pass 2, from the h of pass 1 and each of several masks in place of its own."""
     _, (p, h) = net.step(image, net.start(image))
-    right = F.one_hot(truth.clamp(max=1), 2).permute(0, 3, 1, 2).float()
+    known = F.one_hot(truth.clamp(max=1), 2).permute(0, 3, 1, 2).float()
+    right = torch.where(truth[:, None] == VOID, p, known)
     blurred = F.avg_pool2d(p, 9, 1, 4, count_include_pad=False)
     given = {"the truth": right, "nothing": torch.zeros_like(p), "its mask, blurred": blurred}
     return {f"pass 2, given {what}": net.step(image, (mask, h))[0] for what, mask in given.items()}
@@ -66,7 +67,8 @@ def main():
         crop = config["crop"] or model.size
         for split in "train", "val":
             found, name = diagnose(model, open_dataset(folder, split), crop), f"{config['model']}, crops of {crop}"
-            rows += [dict(run=name, split=split, given=what, F1=f"{f1:.4f}") for what, f1 in found.items()]
+            more = dict(seed=config["seed"], split=split)
+            rows += [dict(run=name, **more, given=what, F1=f"{f1:.4f}") for what, f1 in found.items()]
     with open(tables.RESULTS / "diagnosis.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

@@ -1,7 +1,7 @@
 """Every picture of the pages, into figures/.
 
     python -m experiments.figures                       all of them
-    python -m experiments.figures architecture alpha    these alone
+    python -m experiments.figures architecture crops    these alone
 
 The DRAWINGS come out byte for byte alike under one version of matplotlib. The others show what a network does. They
 need hands/ and runs/hands/, which the first command of README.md makes, and are as alike as two trainings are.
@@ -162,10 +162,10 @@ def draw_evidence():
         for x, system in (-1, "U-Net-G"), (0, "U-Net-G, three views"):
             values = scores_of(data, system, file="long.csv")
             ax.plot([x] * len(values), values, "o", color=GREY)
-        for seed in zip(*(scores_of(data, "DRU(4)", t, "long.csv") for t in range(1, 6))):
-            ax.plot(range(1, 6), seed, "o-", color=GREEN, lw=1)
-        labels = ["U-\nNet", "three\nviews", *(f"pass\n{t}" for t in range(1, 6))]
-        ax.set(title=name, xticks=range(-1, 6), xticklabels=labels)
+        for seed in zip(*(scores_of(data, "DRU(4)", t, "long.csv") for t in (1, 2, 3))):
+            ax.plot((1, 2, 3), seed, "o-", color=GREEN, lw=1)
+        labels = ["U-\nNet", "three\nviews", *(f"pass\n{t}" for t in (1, 2, 3))]
+        ax.set(title=name, xticks=range(-1, 4), xticklabels=labels)
         ax.grid(axis="y", alpha=0.3)
     keep_figure(figure, "evidence")
 
@@ -182,7 +182,7 @@ def draw_crops():
             left.plot(shares, ious, style, color=color, label=f"crops of {crop}, pass {t}")
         for where, style in ("", "o-"), ("tiles, ", "s:"):
             f1 = [scored[f"dru, crops of {crop}", f"{where}pass {t}"] for t in (1, 2, 3)]
-            label = f"crops of {crop}, {'in tiles' if where else 'whole photos'}"
+            label = f"crops of {crop}, {f'in tiles of {crop}' if where else 'whole photos'}"
             right.plot((1, 2, 3), f1, style, color=color, label=label)
     left.set(xlabel="share of the training", ylabel="validation mIoU", ylim=(0.75, 0.81))
     right.set(xlabel="pass", ylabel="validation F1", xticks=(1, 2, 3))

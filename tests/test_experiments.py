@@ -160,22 +160,25 @@ def test_a_table_has_the_mean_of_the_seeds_after_the_right_pass(tmp_path, monkey
     assert text.startswith("a\n<!--") and text.endswith("-->\nb") and "old" not in text
 
 
-def test_a_lead_and_its_interval_are_those_of_a_paired_bootstrap(tmp_path, monkeypatch):
-    """Two photos of one seed have four equally likely resamples; two seeds of one photo too."""
+def test_a_lead_and_its_interval_are_those_of_a_bootstrap(tmp_path, monkeypatch):
+    """Two photos of one seed have four equally likely resamples, two seeds of either system sixteen."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    iou = lambda a: a[0] / sum(a)
     a, b, c, d = (6, 2, 2), (5, 0, 5), (8, 1, 1), (2, 2, 6)
-    sums = lambda *pairs: [tuple(map(sum, zip(*part))) for part in zip(*pairs)]
-    by_photo = [iou(x) - iou(y) for x, y in (sums((a, b), (c, d)), sums((a, b), (a, b)), sums((c, d), (c, d)))]
-    by_seed = [(iou(a) - iou(b) + iou(c) - iou(d)) / 2, iou(a) - iou(b), iou(c) - iou(d)]
-    text = lambda *photos: " ".join("/".join(map(str, photo)) for photo in photos)
-    for found, (value, *ends) in (([(a, c), (b, d)],), by_photo), (([(a,), (b,)], [(c,), (d,)]), by_seed):
-        rows = [f"hgr,{name},{seed},,7,1,1,,0,0,0.5,0,{text(*photos)}"
+    iou = lambda *photos: sum(photo[0] for photo in photos) / sum(map(sum, photos))
+    by_photo = iou(a, c) - iou(b, d), iou(a, a) - iou(b, b), iou(c, c) - iou(d, d)
+    ends = min(iou(a), iou(c)) - max(iou(b), iou(d)), max(iou(a), iou(c)) - min(iou(b), iou(d))
+    by_seed = (iou(a) + iou(c) - iou(b) - iou(d)) / 2, *ends
+    cases = ([((a, c), (b, d))], by_photo, ", one seed"), ([((a,), (b,)), ((c,), (d,))], by_seed, "")
+    text = lambda photos: " ".join("/".join(map(str, photo)) for photo in photos)
+    for found, (value, *ends), more in cases:
+        rows = [f"roads,{name},{seed},,7,1,1,,0,0,0.5,0,{text(photos)}"
                 for seed, pair in enumerate(found) for name, photos in zip("AB", pair)]  # fmt: skip
         (tmp_path / "long.csv").write_text("\n".join([HEAD, *rows]))
         low, high = sorted(ends)
-        assert tables.lead_of("hgr", "A", "B") == f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-    assert tables.lead_of("hgr", "A", "A") == "+0.0 (+0.0 to +0.0)"
+        assert tables.lead_of("roads", "A", "B") == f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}{more})"
+    names = "0_A_hgr2B_id10_1 1_A_hgr2B_id10_2 0_A_hgr1_id10_1"
+    (tmp_path / "splits.csv").write_text(f"data,split,names\nhgr,train,x\nhgr,test,{names}\nroads,test,y")
+    assert tables.units_of("hgr", 3) == [[0, 1], [2]] and tables.units_of("DRIVE", 2) == [[0], [1]]
 
 
 def test_evidence_commands_are_what_runs():
@@ -226,10 +229,11 @@ def test_a_diagnosis_gives_pass_two_what_it_says(trained, tmp_path, monkeypatch)
     f1 = {(row["split"], row["given"]): row["F1"] for row in rows}
     assert len(rows) == 2 * 9 and float(f1["train", "tiles, pass 3"]) > 0.5
     image, truth = torch.randn(1, 3, 32, 40), torch.randint(2, (1, 32, 40))
+    truth[0, 0] = VOID
     tiles = diagnosis.masks_of_tiles(model.net, image, 16, 3)
     torch.testing.assert_close(tiles[2][..., 16:, 24:], model.net(image[..., 16:, 24:])[2])  # the last column overlaps
-    masks, (_, (_, h)) = diagnosis.second_masks(model.net, image, truth), model.net.step(image, model.net.start(image))
-    right = torch.stack([1 - truth, truth], 1).float()
+    masks, (s, (_, h)) = diagnosis.second_masks(model.net, image, truth), model.net.step(image, model.net.start(image))
+    right = torch.where(truth == VOID, s.softmax(1), torch.stack([1 - truth, truth], 1).float())
     for given, mask in ("the truth", right), ("nothing", 0 * right):
         torch.testing.assert_close(masks[f"pass 2, given {given}"], model.net.step(image, (mask, h))[0])
 
