@@ -163,7 +163,7 @@ def test_a_table_has_the_mean_of_the_seeds_after_the_right_pass(tmp_path, monkey
 def test_a_lead_and_its_interval_are_those_of_a_bootstrap(tmp_path, monkeypatch):
     """Two photos of one seed have four equally likely resamples, two seeds of either system sixteen."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    a, b, c, d = (6, 2, 2), (5, 0, 5), (8, 1, 1), (2, 2, 6)
+    a, b, c, d = (6, 2, 2), (2, 2, 6), (8, 1, 1), (5, 0, 5)
     iou = lambda *photos: sum(photo[0] for photo in photos) / sum(map(sum, photos))
     by_photo = iou(a, c) - iou(b, d), iou(a, a) - iou(b, b), iou(c, c) - iou(d, d)
     ends = min(iou(a), iou(c)) - max(iou(b), iou(d)), max(iou(a), iou(c)) - min(iou(b), iou(d))
