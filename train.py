@@ -5,8 +5,7 @@
     python train.py --data hands/ --start runs/other/best.pt       begin with the weights of another run
     python train.py --data hands/ --evaluate runs/hands/best.pt    print the table alone
 
-Writes to --out: best.pt (best on validation), last.pt, log.csv, curves.png, config.json and samples.png. --evaluate
-draws samples.png beside its checkpoint where there is none.
+Writes best.pt (best on validation), last.pt, log.csv, curves.png, config.json and samples.png into --out.
 GPUs, machines, or processes on CPUs (set OMP_NUM_THREADS) can share each batch of --batch photos:
 
     torchrun --standalone --nproc_per_node=2 train.py --data hands/
@@ -91,7 +90,8 @@ def parse(argv=None):
     path = Path(c.start or c.evaluate or f"{c.out}/last.pt")
     content = read_checkpoint(path)
     with one_sentence(path):
-        saved = asdict(Config(**content.get("config", {}))) | {"start": "", "resume": False}
+        config = {name: value for name, value in content.get("config", {}).items() if name in vars(c)}  # flags of today
+        saved = asdict(Config(**config)) | {"start": "", "resume": False}
     fixed = saved.keys() - {"data", "out", "workers", "start", "resume", "evaluate"}
     if c.start:
         fixed = {"model", "level", "width", "hidden"}

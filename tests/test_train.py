@@ -179,13 +179,17 @@ def test_start_begins_with_the_weights_of_another_run(trained, photos, short, tm
     assert done.returncode == 0 and row["mIoU_3"] > first["mIoU_3"] + 0.1, done.stderr  # which began with nothing
 
 
-def test_flags_override_the_checkpoint_which_overrides_the_defaults(trained, photos):
+def test_flags_override_the_checkpoint_which_overrides_the_defaults(trained, photos, tmp_path):
     out, best = trained[0] / "run", str(trained[0] / "run/best.pt")
     asked = parse(["--data", "other/", "--evaluate", best, "--passes", "5"])
     assert asked == Config(data="other/", evaluate=best, passes=5, size=16, width=4, epochs=2, batch=20)
     assert parse(["--out", str(out), "--resume", "--workers", "3"]) == tiny(photos, out, workers=3, resume=True)
     begun = Config("other/", width=4, size=16, lr=0.1, start=best)
     assert parse(["--data", "other/", "--start", best, "--lr", "0.1"]) == begun
+    old = read_checkpoint(best)
+    old["config"]["recompute"] = 1  # a flag that is gone
+    save(tmp_path / "old.pt", old)
+    assert parse(["--data", "other/", "--evaluate", f"{tmp_path}/old.pt"]).width == 4
     assert parse([]) == Config() and Config(data="a/b/").out == "runs/b"
 
 
