@@ -35,7 +35,7 @@ DATA = {  # what the systems have in common
     "roads": dict(size=400, rotate=180.0),
 }
 SMALL, LARGE = dict(crop=160), dict(crop=320, batch=2)  # a step sees as many pixels
-EPOCHS = {"DRIVE": 44, "hgr": 40, "roads": 66}  # of DRU(4) at eight crops a step
+EPOCHS = {"DRIVE": 44, "hgr": 40, "roads": 50}  # of DRU(4) at eight crops a step
 SYSTEMS = {  # seeds; epochs in the same time, as a multiple; crops on DRIVE; more
     "U-Net-G": (3, 1.5, SMALL, dict(model="unet-g")),
     "DRU(4)": (3, 1, LARGE, {}),
