@@ -183,7 +183,8 @@ def test_a_lead_and_its_interval_are_those_of_a_bootstrap(tmp_path, monkeypatch)
 
 def test_evidence_commands_are_what_runs():
     runs = list(evidence.all_runs())
-    done = {(row["data"], row["system"], row["seed"]) for row in tables.read_rows("long.csv")}
+    rows = [row for row in tables.read_rows("long.csv") if row["data"] in evidence.DATA]  # roads had others before
+    done = {(row["data"], row["system"], row["seed"]) for row in rows}
     assert len({r.key for r in runs}) == len(runs) == len({r.config.out for r in runs}) == 5 * 3 * 3 + 3 * 3 + 2
     assert done <= {r.key for r in runs} | {(data, "U-Net-G, three views", s) for data in evidence.DATA for s in "012"}
     for r in runs:
