@@ -90,8 +90,8 @@ def parse(argv=None):
     path = Path(c.start or c.evaluate or f"{c.out}/last.pt")
     content = read_checkpoint(path)
     with one_sentence(path):
-        config = {name: value for name, value in content.get("config", {}).items() if name in vars(c)}  # flags of today
-        saved = asdict(Config(**config)) | {"start": "", "resume": False}
+        content.get("config", {}).pop("recompute", None)  # a flag that is gone
+        saved = asdict(Config(**content.get("config", {}))) | {"start": "", "resume": False}
     fixed = saved.keys() - {"data", "out", "workers", "start", "resume", "evaluate"}
     if c.start:
         fixed = {"model", "level", "width", "hidden"}
