@@ -24,23 +24,32 @@ from support.processes import gather_from_processes, print_once, rank_and_world
 from support.runtime import autocast, for_device, replayed
 
 # ---------------------------------------------------------------- 1. from a checkpoint to a network
+UNDO = 0, 1, 2, 3, 4, 6, 5, 7  # which view takes back view k: the quarter turns, 5 and 6, each other
+
+
+def turned(x, k):
+    """View k of eight, (..., h, w): bit 1 mirrors, bit 2 turns upside down, bit 4 makes rows of columns."""
+    flips = [axis for axis, bit in ((-1, 1), (-2, 2)) if k & bit]
+    x = x.flip(flips) if flips else x  # ONNX Runtime refuses to flip no axis
+    return x.transpose(-1, -2) if k & 4 else x
+
+
 class Segmenter(nn.Module):
-    """A network and how it is shown photos: their short side in pixels, N passes, and 1 or 2 views. Two views are
-    averaged, a photo and its mirror image, as in the official code."""
+    """A network and how it is shown photos: their short side in pixels, N passes, and 1, 2 or 8 views, whose
+    probabilities are averaged. Two are a photo and its mirror image, as in the official code; eight add all turns."""
 
     def __init__(self, net, size, passes, views):
         super().__init__()
-        if not (16 <= size <= 4096 and 1 <= passes <= 1000 and views in (1, 2)):
+        if not (16 <= size <= 4096 and 1 <= passes <= 1000 and views in (1, 2, 8)):
             raise ValueError(f"size {size}, passes {passes}, views {views}")
         self.net, self.size, self.passes, self.views = net, size, passes, views
 
     def forward(self, image):
         """Normalised images (B, 3, h, w) -> the logits (B, K, h, w) of every pass."""
-        masks = self.net(image, self.passes)
         if self.views == 1:
-            return masks
-        mirrored = [m.flip(-1) for m in self.net(image.flip(-1), self.passes)]
-        return [torch.stack(pair).log_softmax(2).logsumexp(0) for pair in zip(masks, mirrored)]  # ONNX has no logaddexp
+            return self.net(image, self.passes)
+        views = [[turned(s, UNDO[k]) for s in self.net(turned(image, k), self.passes)] for k in range(self.views)]
+        return [torch.stack(masks).log_softmax(2).logsumexp(0) for masks in zip(*views)]  # ONNX has no logaddexp
 
     def to_input(self, photo):
         """RGB picture -> (1, 3, h, w), on the network's device."""

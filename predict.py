@@ -114,6 +114,7 @@ def mask_all(args):
     keep_memory()
     device = torch.device("cuda" if torch.cuda.device_count() else "cpu")
     model = load(args.checkpoint, device)
+    model.views = args.views or model.views
     if args.frames and not hasattr(model.net, "step"):
         raise ValueError(f"{args.checkpoint}: holds a network that carries no state; leave --frames out")
     if model.classes > 2 and (args.probabilities or args.threshold is not None):
@@ -171,12 +172,15 @@ def main():
     cli.add_argument("--frames", action="store_true", help="the inputs are one video, in order of name")
     cli.add_argument("--probabilities", action="store_true", help="of two classes, also write NAME_probabilities.png")
     cli.add_argument("--threshold", type=float, metavar="T", help="of two classes, the foreground's least probability")
+    cli.add_argument("--views", type=int, choices=[1, 2, 8], help="as --views of train.py [as the network was scored]")
     cli.add_argument("--export", type=Path, metavar="FILE", help="write the network as ONNX; no photos then")
     args = cli.parse_args()
     if bool(args.inputs) == bool(args.export):
         cli.error("name photos or folders, or --export FILE, and not both")
     if args.export and (args.frames or args.probabilities or args.threshold is not None):
         cli.error("--export writes no masks; leave --frames, --probabilities and --threshold out")
+    if args.views and (args.frames or args.export):
+        cli.error("--views averages masks of photos; leave --frames and --export out")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         cli.error(f"--threshold {args.threshold}: is a probability, from 0 to 1")
     if not args.frames and (films := [f"{path}" for path in args.inputs if path.suffix.lower() in VIDEOS]):

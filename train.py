@@ -57,7 +57,7 @@ class Config:
     crop: int = knob(0, "side of the training crops; 0: as --size", (16, 4096))
     rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up", (0, 180))
     void: int = knob(VOID, "class id that neither trains nor counts, besides 255", (0, 255))
-    views: int = knob(1, "2 scores the average of every photo and its mirror image", choices=[1, 2])
+    views: int = knob(1, "2 scores the mean of a photo and its mirror image, 8 of all its turns too", choices=[1, 2, 8])
     epochs: int = knob(50, "one shows every photo once; fewer than 400 are repeated to make 400", (1, 10**9))
     batch: int = knob(8, "photos a step, over all processes", (1, 10_000))
     lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle", (1e-12, 1))

@@ -84,10 +84,14 @@ def test_logits_are_enlarged_and_then_made_to_sum_to_one_also_in_strips(k, size,
     np.testing.assert_array_equal(to_classes(s, photo, rows=7), to_photo(s, photo).max(0).indices)
 
 
-def test_two_views_are_the_mean_of_photo_and_mirror():
+def test_views_are_the_mean_of_mirror_images_and_of_all_turns():
     net, image = RecurrentUNet(width=4), torch.randn(1, 3, 24, 31)
-    for s, m, both in zip(net(image, 2), net(image.flip(-1), 2), Segmenter(net, 16, 2, 2)(image), strict=True):
-        torch.testing.assert_close(both.softmax(1), (s.softmax(1) + m.softmax(1).flip(-1)) / 2)
+    look = lambda x, turns: [s.softmax(1).rot90(-turns, (2, 3)) for s in net(x.rot90(turns, (2, 3)), 2)]
+    mirrored = lambda turns: [s.flip(-1) for s in look(image.flip(-1), turns)]
+    for views, turns in (2, range(1)), (8, range(4)):
+        want = zip(*(of(k) for k in turns for of in (lambda k: look(image, k), mirrored)))
+        for s, seen in zip(Segmenter(net, 16, 2, views)(image), want, strict=True):
+            torch.testing.assert_close(s.softmax(1), torch.stack(seen).mean(0))
 
 
 def test_a_split_is_counted_once_for_each_pass(tmp_path):

@@ -185,8 +185,10 @@ def test_evidence_commands_are_what_runs():
     runs = list(evidence.all_runs())
     rows = [row for row in tables.read_rows("long.csv") if row["data"] in evidence.DATA]  # roads had others before
     done = {(row["data"], row["system"], row["seed"]) for row in rows}
-    assert len({r.key for r in runs}) == len(runs) == len({r.config.out for r in runs}) == 5 * 3 * 3 + 3 * 3 + 2
-    assert done <= {r.key for r in runs} | {(data, "U-Net-G, three views", s) for data in evidence.DATA for s in "012"}
+    assert len({r.key for r in runs}) == len(runs) == len({r.config.out for r in runs}) == 5 * 3 * 3 + 3 * 3 + 4
+    views = {(data, "U-Net-G, three views", s) for data in evidence.DATA for s in "012"}
+    longer = {("DRIVE", f"{system}, 3 x steps, eight views", "0") for system in ("U-Net-G", "DRU(4)")}
+    assert done <= {r.key for r in runs} | views | longer
     for r in runs:
         assert train.parse(evidence.command_of(r).split()[2:]) == r.config
 
@@ -197,15 +199,17 @@ def test_evidence_is_trained_tested_and_written_once(trained, tmp_path, monkeypa
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     how = dict(data="photos", size=16, epochs=1, batch=20)
     chosen = [evidence.Run("photos", system, 0, train.Config(out=f"runs/evidence/{model}", model=model, **how))
-              for system, model in (("DRU(4)", "dru"), ("U-Net-G", "unet-g"))]  # fmt: skip
+              for system, model in (("DRU(4), 3 x steps", "dru"), ("U-Net-G", "unet-g"))]  # fmt: skip
     monkeypatch.setattr(evidence, "all_runs", lambda: chosen)
     with evidence.FileLock(tmp_path / "runs/evidence/unet-g/lock"):  # another process trains it
         evidence.run_all(at)
-    assert [row["system"] for row in tables.read_rows("long.csv")] == ["DRU(4)"]
+    names = ["DRU(4), 3 x steps", "DRU(4), 3 x steps, eight views"]
+    assert [row["system"] for row in tables.read_rows("long.csv")] == names
     (tmp_path / "long.csv").unlink()  # as if stopped before the test: the finished training is resumed
     for _ in range(2):  # the second finds nothing left to do
         assert run("experiments.evidence", "run", at).returncode == 0
-    drawn, plain, views = tables.read_rows("long.csv")
+    drawn, eight, plain, views = tables.read_rows("long.csv")
+    assert eight["system"] == names[1] and eight["photos"] != drawn["photos"]
     assert drawn["parameters"] == str(count_parameters(RecurrentUNet())) and len(drawn["val_mIoU"].split()) == 3
     assert drawn["steps"] == plain["steps"] == "20" and plain["epoch"] == "1 of 1"  # 6 photos, 67 times, 20 a step
     model, photos = load("runs/evidence/unet-g/best.pt"), open_dataset(at / "photos", "test")

@@ -252,6 +252,11 @@ def test_a_threshold_chooses_from_the_probabilities_that_are_written(trained, tm
     np.testing.assert_array_equal(masks[()], want > 0.5)
     np.testing.assert_array_equal(masks[(threshold,)], want >= float(threshold))
     assert 0.2 < masks[(threshold,)].mean() < 0.4 and masks[(0,)].all() and not masks[(1,)].any()
+    model = load(best)
+    model.views = 8
+    assert run("predict.py", best, photo, "--probabilities", "--views", 8, "--out", tmp_path).returncode == 0
+    seen = pixels(tmp_path / "p0_probabilities.png") / 255
+    assert np.abs(seen - segment(model, read_photo(photo))[-1][1].numpy()).max() < 0.51 / 255 < abs(seen - want).max()
 
 
 @pytest.mark.parametrize("args, words", [  # what follows `predict.py`, and words of the sentence
@@ -267,6 +272,7 @@ def test_a_threshold_chooses_from_the_probabilities_that_are_written(trained, tm
     ("{best} {at}/photos/images --out {at}/run/log.csv", "log.csv"),
     ("{best} --export {tmp}/none/net.onnx", "net.onnx: must name a file in a folder that exists"),
     ("{best} --export {tmp}/net.onnx --frames", "--export writes no masks; leave --frames"),
+    ("{best} {at}/photos/images --frames --views 2", "--views averages masks of photos; leave --frames"),
     ("{best}", "name photos or folders, or --export FILE"),
 ])  # fmt: skip
 def test_a_mistake_gets_one_sentence_and_changes_nothing(trained, tmp_path, tmp_path_factory, args, words):
@@ -279,9 +285,9 @@ def test_a_mistake_gets_one_sentence_and_changes_nothing(trained, tmp_path, tmp_
     assert sorted(trained[0].rglob("*")) == before and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["dru", "dru of 2 views", "sru", "unet-b", "rec-simple", "rec-middle", "rec-last"])
+@pytest.mark.parametrize("name", ["dru", "dru of 8 views", "sru", "unet-b", "rec-simple", "rec-middle", "rec-last"])
 def test_an_exported_network_gives_the_same_logits_at_any_size(tmp_path, name):
-    write_checkpoint(tmp_path / "a.pt", name.split()[0], classes=3, views=2 if "views" in name else 1, width=2)
+    write_checkpoint(tmp_path / "a.pt", name.split()[0], classes=3, views=8 if "views" in name else 1, width=2)
     done = run("predict.py", tmp_path / "a.pt", "--export", tmp_path / "net.onnx")
     assert done.returncode == 0 and "RGB from 0 to 1" in done.stdout, done.stderr
     model, session = load(tmp_path / "a.pt"), onnxruntime.InferenceSession(tmp_path / "net.onnx")
