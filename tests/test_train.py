@@ -28,7 +28,7 @@ import data
 import train
 from evaluate import draw_samples, evaluate_split, load
 from paper import baselines
-from rurnet import PlainUNet, RecurrentUNet, recurrent_loss
+from rurnet import LastPass, PlainUNet, RecurrentUNet, recurrent_loss
 from support import processes, runtime
 from support.checkpoints import FILES, read_checkpoint, save, write_log
 from support.export import export
@@ -568,13 +568,14 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_tried_once(graphs, monkeyp
     torch.cuda.set_stream.assert_called_once_with(torch.cuda.current_stream())  # a failed capture leaves another
 
 
-def test_training_is_recorded_at_the_second_batch_of_a_shape(graphs, monkeypatch):
+@pytest.mark.parametrize("taught", [lambda net: net, LastPass])
+def test_training_is_recorded_at_the_second_batch_of_a_shape(graphs, monkeypatch, taught):
     """A stand-in for PyTorch's recorder says what it is given. Its networks must learn as others do."""
     flags = lambda: (torch.is_autocast_enabled("cuda"), torch.is_autocast_cache_enabled())
     keep = lambda f, args: graphs.append((f, args[0].shape, flags())) or f.forward
     torch.cuda.make_graphed_callables.side_effect = keep
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    net, other = RecurrentUNet(width=2), PlainUNet(width=2)
+    net, other = taught(RecurrentUNet(width=2)), PlainUNet(width=2)
     graphed, normed = runtime.Graphed(net), runtime.Graphed(baselines.build("unet-b", 2))
     for image in torch.randn(3, 2, 3, 20, 17):
         for half in False, True:
@@ -595,10 +596,12 @@ def test_training_is_recorded_at_the_second_batch_of_a_shape(graphs, monkeypatch
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cuda_graphs_change_neither_gradients_nor_masks():
     net = runtime.for_device(RecurrentUNet(), torch.device("cuda"))
-    graphed, images = runtime.Graphed(net), torch.randn(4, 2, 3, 40, 56, device="cuda")
+    images = torch.randn(4, 2, 3, 40, 56, device="cuda")
     gradients = lambda masks: torch.autograd.grad(sum(s.square().mean() for s in masks), [*net.parameters()])
-    for image in images:
-        torch.testing.assert_close(*(gradients(f(image, 3)) for f in (graphed, net)), rtol=1e-3, atol=1e-4)
+    for learner in net, LastPass(net):
+        graphed = runtime.Graphed(learner)
+        for image in images:
+            torch.testing.assert_close(*(gradients(f(image, 3)) for f in (graphed, learner)), rtol=1e-3, atol=1e-4)
     for half, within in (False, 1e-4), (True, 1e-2):
         replayed = runtime.Replayed(net.eval())
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half):
