@@ -95,8 +95,8 @@ def lead_of(data, system, over, resamples=10_000):
         photos = sum((units[k] for k in draw(len(units))), [])
         found.append(score(ours[draw(len(ours))][:, photos]) - score(theirs[draw(len(theirs))][:, photos]))
     lead, ends = score(ours) - score(theirs), np.percentile(found, [2.5, 97.5])
-    alone = ", one seed" * (min(len(ours), len(theirs)) == 1)
-    return f"{100 * lead:+.1f} ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}{alone})"
+    seeds = {1: ", one seed", 2: ", 2 seeds"}.get(min(len(ours), len(theirs)), "")
+    return f"{100 * lead:+.1f} ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}{seeds})"
 
 
 def finding_table():

@@ -168,7 +168,7 @@ def test_a_lead_and_its_interval_are_those_of_a_bootstrap(tmp_path, monkeypatch)
     by_photo = iou(a, c) - iou(b, d), iou(a, a) - iou(b, b), iou(c, c) - iou(d, d)
     ends = min(iou(a), iou(c)) - max(iou(b), iou(d)), max(iou(a), iou(c)) - min(iou(b), iou(d))
     by_seed = (iou(a) + iou(c) - iou(b) - iou(d)) / 2, *ends
-    cases = ([((a, c), (b, d))], by_photo, ", one seed"), ([((a,), (b,)), ((c,), (d,))], by_seed, "")
+    cases = ([((a, c), (b, d))], by_photo, ", one seed"), ([((a,), (b,)), ((c,), (d,))], by_seed, ", 2 seeds")
     text = lambda photos: " ".join("/".join(map(str, photo)) for photo in photos)
     for found, (value, *ends), more in cases:
         rows = [f"roads,{name},{seed},,7,1,1,,0,0,0.5,0,{text(photos)}"
