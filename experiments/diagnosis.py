@@ -5,7 +5,6 @@
 DATA is a folder of two classes, each RUN a folder of train.py that learned from it.
 """
 
-import csv
 import sys
 from pathlib import Path
 
@@ -69,10 +68,8 @@ def main():
             found, name = diagnose(model, open_dataset(folder, split), crop), f"{config['model']}, crops of {crop}"
             more = dict(seed=config["seed"], split=split)
             rows += [dict(run=name, **more, given=what, F1=f"{f1:.4f}") for what, f1 in found.items()]
-    with open(tables.RESULTS / "diagnosis.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    (tables.RESULTS / "diagnosis.csv").unlink(missing_ok=True)
+    tables.add_rows("diagnosis.csv", rows)
 
 
 if __name__ == "__main__":

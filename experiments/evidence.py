@@ -8,7 +8,6 @@ DATA holds DRIVE/ as published, and hgr/ and roads/, each with images/, masks/ a
 You may stop `run` at any time: started again, it resumes. Start it once for every core: no two train the same.
 """
 
-import csv
 import itertools
 import re
 import signal
@@ -152,11 +151,8 @@ def run_all(root):
             if run.key in {(row["data"], row["system"], row["seed"]) for row in tables.read_rows("long.csv")}:
                 continue
             began, rows = time.monotonic(), train_and_test(run, root)
-            with FileLock("runs/evidence/csv.lock"), (tables.RESULTS / "long.csv").open("a", newline="") as file:
-                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                if not file.tell():
-                    writer.writeheader()
-                writer.writerows(rows)
+            with FileLock("runs/evidence/csv.lock"):
+                tables.add_rows("long.csv", rows)
             print(f"== {', '.join(run.key)}: {time.monotonic() - began:.0f} s", flush=True)
 
 

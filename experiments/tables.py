@@ -24,6 +24,14 @@ def read_rows(name):
     return list(csv.DictReader(read_result(name)))
 
 
+def add_rows(name, rows):
+    with (RESULTS / name).open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 def markdown(head, lines):
     if not lines:
         return "awaited"

@@ -6,7 +6,6 @@ DATA holds video_hand/ and video_davis/. DRU(4) trains for as many passes either
 runs/video/. You may stop it at any time: what is finished stays.
 """
 
-import csv
 import itertools
 import random
 import re
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from data import open_dataset
 from evaluate import Segmenter, confusion, load, scores, segment, segment_frame, to_classes
 from experiments.figures import keep_figure, show_picture
-from experiments.tables import RESULTS, read_rows
+from experiments.tables import add_rows, read_rows
 from paper.baselines import build
 from predict import overlay
 from rurnet import VOID, recurrent_loss
@@ -244,11 +243,7 @@ def main():
             continue
         began, roots[name] = time.monotonic(), roots.get(name) or prepare(name, sys.argv[1])
         rows = train_and_watch(name, roots[name], how, seed)
-        with (RESULTS / "video.csv").open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            if not file.tell():
-                writer.writeheader()
-            writer.writerows(rows)
+        add_rows("video.csv", rows)
         for row in rows:
             print(*row.values(), sep=", ", flush=True)
         print(f"{(time.monotonic() - began) / 60:.1f} min", flush=True)

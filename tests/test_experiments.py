@@ -301,8 +301,8 @@ def test_videos_are_trained_watched_and_written_once(tmp_path, monkeypatch):
             blob(x=2 * t)[part == "masks"].save(tmp_path / f"video_hand/{part}/{t:02d}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    for name, value in dict(RESULTS=tmp_path, SETS={"video_hand": (32, 3)}, SEEDS=(0,)).items():
-        monkeypatch.setattr(video, name, value)
+    monkeypatch.setattr(video, "SETS", {"video_hand": (32, 3)})
+    monkeypatch.setattr(video, "SEEDS", (0,))
     for _ in range(2):  # the second finds nothing left to do
         assert run("experiments.video", tmp_path).returncode == 0
     rows = tables.read_rows("video.csv")
