@@ -116,7 +116,7 @@ def finding_table():
               *(spread(scores_of(data, system, 3, "long.csv")) for data in NAMED)]
              for title, (system, bench) in systems.items()]  # fmt: skip
     lines.append(["DRU(4) above the U-Net, points", "", "", *(lead_of(data, "DRU(4)", "U-Net-G") for data in NAMED)])
-    return markdown(["", "parameters", "ms a frame", *NAMED.values()], lines)
+    return markdown(["", "parameters", "ms a frame, CPU", *NAMED.values()], lines)
 
 
 def long_table():
