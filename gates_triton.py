@@ -3,14 +3,10 @@
     from gates_triton import fuse
     net = fuse(RecurrentUNet())            # in place; on a CPU it computes what it did before
 
-Why fuse. An H200 issues 7 instructions in the time that its memory takes for a byte, and an update gate needs 3 a
-byte. So memory traffic alone decides the time. Count it in *transfers*, one tensor read or written once. Eager
-PyTorch runs h_t = z * h + (1 - z) * c as six kernels, each of which sends its result through memory:
-
-    z = sigmoid(a_z) 2    c = tanh(a_c) 2    z * h 3    1 - z 2    (1 - z) * c 3    their sum 3      = 15
-
-One kernel that keeps z and c in registers reads h, a_z, a_c and writes h_t: 4. So 3.75 times faster is the limit.
-TRANSFERS has every such count, and `python -m experiments.bench --gpu OUT` measures on a GPU what comes of it.
+Why fuse. Memory traffic alone decides the time of a gate. Count it in *transfers*, one tensor read or written once:
+eager PyTorch runs h_t = z * h + (1 - z) * c as six kernels with 15 of them. One kernel that keeps z and c in registers
+reads h, a_z, a_c and writes h_t: 4. TRANSFERS has every such count, section 11 of tutorial.md the reasons, and
+`python -m experiments.bench --gpu OUT` measures on a GPU what comes of it.
 The backward kernel computes z and c again. Saving them would cost two more writes: 6 transfers in place of 4.
 CPU tensors and traced calls take the plain expression: torch.compile fuses it with its neighbours, and exported models
 must not need Triton. A launch from Python takes long, so support/runtime.py replays CUDA graphs.
@@ -92,18 +88,15 @@ def _update_fwd(h_ptr, az_ptr, ac_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 @jit
 def _update_bwd(g_ptr, h_ptr, az_ptr, ac_ptr, dh_ptr, daz_ptr, dac_ptr, n, BLOCK: tl.constexpr):
-    """g is the gradient of h_t. An unneeded gradient has None for a pointer, and costs neither store nor load."""
+    """g is the gradient of h_t."""
     i, inside = _span(n, BLOCK)
     g = _load(g_ptr, i, inside)  # all loads come before the first store, so they wait for memory together
-    h = _load(h_ptr, i, inside)  # the compiler drops a load that no store depends on
+    h = _load(h_ptr, i, inside)
     z = _sigmoid(_load(az_ptr, i, inside))
     c = _tanh(_load(ac_ptr, i, inside))
-    if daz_ptr is not None:
-        tl.store(daz_ptr + i, g * (h - c) * (z * (1 - z)), inside)  # sigmoid' = z (1 - z)
-    if dac_ptr is not None:
-        tl.store(dac_ptr + i, g * (1 - z) * (1 - c * c), inside)  # tanh' = 1 - c^2
-    if dh_ptr is not None:
-        tl.store(dh_ptr + i, g * z, inside)
+    tl.store(daz_ptr + i, g * (h - c) * (z * (1 - z)), inside)  # sigmoid' = z (1 - z)
+    tl.store(dac_ptr + i, g * (1 - z) * (1 - c * c), inside)  # tanh' = 1 - c^2
+    tl.store(dh_ptr + i, g * z, inside)
 
 
 def fused_update(h, a_z, a_c):
@@ -111,10 +104,6 @@ def fused_update(h, a_z, a_c):
     h, a_z, a_c = _agreeing("fused_update", h=h, a_z=a_z, a_c=a_c)
     if _runs_triton(h):
         return _Fused.apply(_update_fwd, _update_bwd, h, a_z, a_c)
-    return plain_update(h, a_z, a_c)
-
-
-def plain_update(h, a_z, a_c):
     z, c = torch.sigmoid(a_z), torch.tanh(a_c)  # a copy of rurnet's gate, so that this file can stand alone
     return z * h + (1 - z) * c
 
@@ -132,10 +121,8 @@ def _reset_bwd(g_ptr, e_ptr, ar_ptr, de_ptr, dar_ptr, n, BLOCK: tl.constexpr):
     g = _load(g_ptr, i, inside)
     e = _load(e_ptr, i, inside)
     r = _sigmoid(_load(ar_ptr, i, inside))
-    if dar_ptr is not None:
-        tl.store(dar_ptr + i, g * e * (r * (1 - r)), inside)
-    if de_ptr is not None:
-        tl.store(de_ptr + i, g * r, inside)
+    tl.store(dar_ptr + i, g * e * (r * (1 - r)), inside)
+    tl.store(de_ptr + i, g * r, inside)
 
 
 def fused_reset(e, a_r):
@@ -143,10 +130,6 @@ def fused_reset(e, a_r):
     e, a_r = _agreeing("fused_reset", e=e, a_r=a_r)
     if _runs_triton(e):
         return _Fused.apply(_reset_fwd, _reset_bwd, e, a_r)
-    return plain_reset(e, a_r)
-
-
-def plain_reset(e, a_r):
     return torch.sigmoid(a_r) * e
 
 
@@ -363,7 +346,7 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True; a second derivative would silently be zero
             raise RuntimeError("fused gates can be differentiated once; those of rurnet.py can more often")
         g, *inputs = _lay_out(g, *ctx.saved_tensors)
-        grads = [torch.empty_like(g) if need else None for need in ctx.needs_input_grad[2:]]
+        grads = [torch.empty_like(g) for _ in inputs]
         _launch(ctx.bwd, g, *inputs, *grads)
         return None, None, *grads
 
@@ -380,22 +363,10 @@ def _launch_grid(kernel, grid, x, *others, **constants):
 
 
 def _lay_out(*tensors):
-    """The same tensors in one memory layout, as an elementwise kernel walks memory from 0 to n in any order.
-    A slice, an expanded tensor, or one that differs is copied to the layout that most of the others have."""
-    orders = [_order(x) for x in tensors]
-    common = max((order for order in orders if order is not None), key=orders.count, default=None)
-    like = tensors[orders.index(common)]  # empty_like keeps its order of dimensions and removes gaps and overlaps
-    return [x if order == common is not None else torch.empty_like(like).copy_(x) for x, order in zip(tensors, orders)]
-
-
-def _order(x):
-    """The dimensions of x from the fastest in memory to the slowest; None if x has gaps or overlaps itself."""
-    size, dims = 1, sorted((stride, dim) for dim, stride in enumerate(x.stride()) if x.shape[dim] > 1)
-    for stride, dim in dims:
-        if stride != size:
-            return None
-        size *= x.shape[dim]
-    return [dim for _, dim in dims]
+    """The same tensors in one memory layout, as an elementwise kernel walks memory from 0 to n: channels last where
+    all of them are, else contiguous."""
+    last = all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors)
+    return [x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format) for x in tensors]
 
 
 def _agreeing(name, **inputs):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from torch.nn import functional as F
+from scipy.ndimage import maximum_filter, minimum_filter
 from tqdm import tqdm
 
 from evaluate import in_strips, load, segment, segment_frame, to_classes
@@ -46,16 +46,9 @@ def overlay(photo, mask):
     grey = pixels.mean(2, keepdims=True) * 0.35 + pixels * 0.25
     pixels = np.where(mask[..., None] > 0, 0.75 * pixels + 0.25 * COLOURS[(mask - 1) % 6], grey)
     thick = max(photo.size) // 400 * 2 + 3
-    ids = torch.from_numpy(mask).float()
-    most, least = largest_nearby(ids, thick), -largest_nearby(-ids, thick)
+    most, least = maximum_filter(mask, thick), minimum_filter(mask, thick)
     outline = (most != least)[..., None]
     return Image.fromarray(np.where(outline, COLOURS[(most - 1) % 6], pixels).astype(np.uint8))
-
-
-def largest_nearby(ids, side):
-    """The largest id within a square around every pixel: along the rows, then along the columns."""
-    rows = F.max_pool2d(ids[None], (1, side), 1, (0, side // 2))
-    return F.max_pool2d(rows, (side, 1), 1, (side // 2, 0))[0].numpy().astype(int)
 
 
 def find_inputs(paths):

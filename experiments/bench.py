@@ -234,7 +234,7 @@ def count_traffic(fused, batch, size):
     return counter
 
 
-def print_traffic():
+def print_traffic(_):
     print(f"{'DRU(4), three passes':24}{'form':8}{'MB':>8}{'of plain':>10}{'launches':>10}{'of plain':>10}")
     for batch, *size in (1, 230, 306), (8, 240, 320):
         plain, fused = (count_traffic(form, batch, size) for form in (False, True))
@@ -243,28 +243,22 @@ def print_traffic():
             print(row + f"{c.launches:10}{c.launches / plain.launches:10.0%}")
 
 
-JOBS = {
-    "table": ("what every system costs", lambda c: print_systems(c.rounds)),
-    "infer": ("ways to run DRU(4)", lambda c: compare_inference(c.rounds)),
-    "train": ("ways to train DRU(4)", lambda c: compare_training(c.rounds)),
-    "traffic": ("what the fused kernels save", lambda c: print_traffic()),
-    "gpu": ("tests, profile and times on a GPU", lambda c: spend_gpu_hour(c.gpu)),
-    "gpu_train": ("two trainings on a GPU", lambda c: spend_gpu_hour(c.gpu_train, training=True)),
-}
+JOBS = {"table": print_systems, "infer": compare_inference, "train": compare_training, "traffic": print_traffic}
 
 
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = cli.add_mutually_exclusive_group(required=True)
-    for name, (help, _) in JOBS.items():
-        how = {"type": Path, "metavar": "OUT"} if "gpu" in name else {"action": "store_true"}
-        what.add_argument(f"--{name.replace('_', '-')}", help=help, **how)
+    for name, job in JOBS.items():
+        what.add_argument(f"--{name}", dest="job", action="store_const", const=job)
+    for name in "--gpu", "--gpu-train":
+        what.add_argument(name, type=Path, metavar="OUT")
     cli.add_argument("--rounds", type=int, default=9, help="timed calls of each form, at least 2")
     c = cli.parse_args()
     if c.rounds < 2:
         cli.error(f"--rounds {c.rounds}: must be at least 2")
     try:
-        next(job for name, (_, job) in JOBS.items() if getattr(c, name))(c)
+        c.job(c.rounds) if c.job else spend_gpu_hour(c.gpu or c.gpu_train, training=c.gpu is None)
     except (ValueError, OSError, BrokenProcessPool) as error:  # the last: a process was killed, so memory is short
         sys.exit(f"experiments.bench: {error}")
 

@@ -11,7 +11,6 @@ You may stop `run` at any time: started again, it resumes. Start it once for eve
 import itertools
 import re
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -84,11 +83,6 @@ def command_of(run):
     return " ".join(["python train.py", *(f"--{name} {value}".removesuffix(".0") for name, value in chosen.items())])
 
 
-def commit():
-    git = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-
-
 class ThreeViews(Segmenter):
     """One pass over each of three views costs what three passes cost: the photo, its mirror image, and the photo
     upside down, or where hands have an up, shifted by half of the deepest pooling."""
@@ -111,7 +105,7 @@ def train_and_test(run, root):
     c = replace(run.config, data=str(Path(root) / run.data), resume=(out / "last.pt").exists())
     if not c.resume:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "commit").write_text(commit())
+        (out / "commit").write_text(tables.commit())
     folder = survey(c.data, c.void)
     train.train(c, folder=folder)
     model, photos = load(out / "best.pt"), open_dataset(folder, "test")

@@ -21,8 +21,8 @@ from torch import cuda
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from gates_triton import TRANSFERS, FusedNorm, fuse, fused_reset, fused_update, plain_reset, plain_update
-from rurnet import LastPass, RecurrentUNet, recurrent_loss
+from gates_triton import TRANSFERS, FusedNorm, fuse, fused_reset, fused_update
+from rurnet import LastPass, RecurrentUNet, gated_reset, gated_update, recurrent_loss
 from support.runtime import Graphed, Replayed
 
 ROOT = Path(__file__).parent.parent
@@ -169,8 +169,8 @@ def norm_forms(groups, channels):
 def kernel_cases(n):
     """Name: forms fused, plain and of lerp where there is one; the shapes of the inputs. All have about n elements."""
     lerp = lambda h, a_z, a_c: torch.lerp(torch.tanh(a_c), h, torch.sigmoid(a_z))  # the best of eager PyTorch
-    yield "update", (fused_update, plain_update, lerp), [(n,)] * 3
-    yield "reset", (fused_reset, plain_reset), [(n,)] * 2
+    yield "update", (fused_update, gated_update, lerp), [(n,)] * 3
+    yield "reset", (fused_reset, gated_reset), [(n,)] * 2
     yield "norm, 16 groups", norm_forms(2, 8), [(8, 8, n // 64), (8,), (8,)]
     yield "norm, 8 groups, odd", norm_forms(8, 64), [(1, 64, n // 64 - 1 | 1), (64,), (64,)]
 

@@ -1,13 +1,12 @@
 """Write the tables of the pages from the files in results/, between <!-- table: NAME --> and <!-- end -->.
 
-    python -m experiments.tables            write them
-    python -m experiments.tables --check    name the pages whose tables are not as they would be written
+    python -m experiments.tables
 """
 
 import csv
 import re
 import statistics
-import sys
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,11 @@ def read_result(name):
 
 def read_rows(name):
     return list(csv.DictReader(read_result(name)))
+
+
+def commit():
+    git = ["git", "-C", RESULTS, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def add_rows(name, rows):
@@ -242,19 +246,6 @@ def fill_tables(text):
     return re.sub(slot, lambda found: f"{found[1]}\n{MAKE[found[2]]()}\n<!-- end -->", text, flags=re.S)
 
 
-def main():
-    if sys.argv[1:] not in ([], ["--check"]):
-        sys.exit(__doc__)
-    stale = []
-    for page in filter(Path.exists, PAGES):
-        before = page.read_text(encoding="utf-8")
-        after = fill_tables(before)
-        if sys.argv[1:]:
-            stale += [f"{page}: differs from results/; python -m experiments.tables writes it"] * (after != before)
-        else:
-            page.write_text(after, encoding="utf-8")
-    sys.exit("\n".join(stale) or 0)
-
-
 if __name__ == "__main__":
-    main()
+    for page in PAGES:
+        page.write_text(fill_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

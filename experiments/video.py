@@ -10,7 +10,6 @@ import itertools
 import random
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from data import open_dataset
 from evaluate import Segmenter, confusion, load, scores, segment, segment_frame, to_classes
 from experiments.figures import keep_figure, show_picture
-from experiments.tables import add_rows, read_rows
+from experiments.tables import add_rows, commit, read_rows
 from paper.baselines import build
 from predict import overlay
 from rurnet import VOID, recurrent_loss
@@ -35,7 +34,6 @@ from support.runtime import for_device, keep_memory
 from support.toy import draw_hand_photo, draw_set
 
 # ---------------------------------------------------------------- 1. motion from photos
-
 
 def draw_maps(rng, frames, batch, pace=1.0, cuts=0.3):
     """A smooth drift for each crop of a batch: maps (frames, batch, 2, 3) for affine_grid, light (frames, batch), and
@@ -76,11 +74,9 @@ def motion_loss(net, image, truth, maps, light, shown, alpha=0.4):
 
 
 # ---------------------------------------------------------------- 2. training
-
 SETS = {"toy clips": (48, 400), "video_hand": (48, 300), "video_davis": (64, 300),
         "video_davis, new clips": (64, 200)}  # and the short side, and how many steps of 8 crops
-GIT = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-COMMIT = subprocess.run(GIT, capture_output=True, text=True).stdout.strip()  # of the code that was imported
+COMMIT = commit()  # of the code that was imported
 TRAINED, SEEDS = ("photos", "motion"), (0, 1, 2)
 
 
@@ -107,7 +103,6 @@ def fit(photos, how, seed, steps, batch=8, frames=3):
 
 
 # ---------------------------------------------------------------- 3. the videos
-
 
 def draw_clip(seed, frames=48):
     """(photo, mask) of each frame: a hand moves over a desk and swings about its wrist. Halfway is a cut to another
@@ -163,7 +158,6 @@ def sequence_of(name):
 
 
 # ---------------------------------------------------------------- 4. watching them
-
 WAYS = ("three passes a frame", "one pass, nothing carried", "one pass, carried",
         "one pass, carried, first frame three")  # fmt: skip
 

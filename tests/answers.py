@@ -39,12 +39,9 @@ def _shift_fwd(a_ptr, e_ptr, b_ptr, out_ptr, n, BLOCK: tl.constexpr):
 def _shift_bwd(g_ptr, a_ptr, e_ptr, b_ptr, da_ptr, de_ptr, db_ptr, n, BLOCK: tl.constexpr):
     i, inside = _span(n, BLOCK)
     g, r, e = _load(g_ptr, i, inside), _sigmoid(_load(a_ptr, i, inside)), _load(e_ptr, i, inside)
-    if da_ptr is not None:
-        tl.store(da_ptr + i, g * e * r * (1 - r), inside)
-    if de_ptr is not None:
-        tl.store(de_ptr + i, g * r, inside)
-    if db_ptr is not None:
-        tl.store(db_ptr + i, g, inside)
+    tl.store(da_ptr + i, g * e * r * (1 - r), inside)
+    tl.store(de_ptr + i, g * r, inside)
+    tl.store(db_ptr + i, g, inside)
 
 
 def fused_shift(a, e, b):

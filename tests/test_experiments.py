@@ -26,7 +26,7 @@ from experiments import bench, compare, diagnosis, evidence, figures, gpu, table
 from rurnet import VOID, RecurrentUNet, recurrent_loss
 from support.checkpoints import read_checkpoint
 
-SCRIPTS |= {m.__name__: m for m in (compare, diagnosis, evidence, figures, tables, video)}
+SCRIPTS |= {m.__name__: m for m in (compare, diagnosis, evidence, figures, video)}
 
 
 def test_no_two_functions_have_one_name():
@@ -142,7 +142,6 @@ def test_tables_on_the_pages_are_what_results_say():
         assert tables.fill_tables(text) == text, f"{page}: python -m experiments.tables"
         names += re.findall("<!-- table: (.+) -->", text)
     assert sorted(names) == sorted(tables.MAKE)
-    assert run("experiments.tables", "--check").returncode == 0
 
 
 HEAD = "data,system,seed,commit,parameters,steps,minutes,epoch,val_mIoU,mIoU,IoU,F1,photos"
