@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: pytest-xdist has a process for every core
 
@@ -13,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from PIL import Image, ImageDraw
 
 if not torch.cuda.is_available():
@@ -30,8 +30,10 @@ from support.checkpoints import read_checkpoint, save
 HERE = Path(__file__).parent.parent
 torch.cuda.device_count = lambda: 0  # the scripts then take the CPU: runs are compared bit for bit
 NO_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # the same for another process
-law = settings(deadline=None, max_examples=25)
-FUZZ = settings(law, max_examples=int(os.environ.get("FUZZ", 25)), suppress_health_check=list(HealthCheck))
+settings.register_profile("laws", deadline=None, max_examples=25)
+settings.load_profile("laws")
+FUZZ = settings(max_examples=int(os.environ.get("FUZZ", 25)), suppress_health_check=list(HealthCheck))
+raising = lambda error: Mock(side_effect=error)  # to patch a function with
 seeds = st.integers(0, 2**31 - 1)
 TINY = ["--size", "16", "--width", "4", "--epochs", "2", "--batch", "20"]
 SCRIPTS = {"train.py": train, "predict.py": predict, "data.py": data, "experiments.bench": bench}
@@ -40,10 +42,6 @@ SCRIPTS = {"train.py": train, "predict.py": predict, "data.py": data, "experimen
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
-
-
-def count_parameters(net):
-    return sum(p.numel() for p in net.parameters())
 
 
 def blob(w=40, h=32, x=8):
@@ -72,6 +70,19 @@ def write_pair(folder, name, mask=None, photo=None):
     (box if mask is None else mask).save(folder / "masks" / f"{name}.png")
 
 
+STORED = {  # EXIF's orientation: how the pixels of an upright photo are stored
+    1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270,
+}  # fmt: skip
+
+
+def save_turned(photo, path, orientation=6, **options):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "a camera"
+    stored = photo if STORED[orientation] is None else photo.transpose(STORED[orientation])
+    stored.save(path, exif=exif, **options)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Six pairs and the three lists."""
@@ -93,15 +104,6 @@ def run(script, *args):
         except SystemExit as stop:
             status = int(stop.code or 0) if not isinstance(stop.code, str) else print(stop.code, file=errors) or 1
     return subprocess.CompletedProcess([script, *args], status, out.getvalue(), errors.getvalue())
-
-
-def raising(error):
-    """To patch a function with: it raises that error."""
-
-    def raise_it(*_, **__):
-        raise error
-
-    return raise_it
 
 
 def process(*args, cwd=HERE, **environment):

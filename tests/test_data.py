@@ -3,14 +3,12 @@
 import os
 import zlib
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import BOX, FUZZ, blob, law, letter_f, run, seeds, spoiled, write_checkpoint, write_pair
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import BOX, FUZZ, STORED, blob, letter_f, run, save_turned, seeds, spoiled, write_checkpoint, write_pair
+from hypothesis import given, strategies as st
 from PIL import Image
 
 import data
@@ -77,19 +75,6 @@ def test_masks_in_every_honest_encoding(tmp_path):
     np.testing.assert_array_equal(chosen[0][1], np.where(void == 2, 255, void))
 
 
-STORED = {  # EXIF's orientation: how the pixels of an upright photo are stored
-    1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
-    5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270,
-}  # fmt: skip
-
-
-def save_turned(photo, path, orientation=6, **options):
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = orientation, "a camera"
-    stored = photo if STORED[orientation] is None else photo.transpose(STORED[orientation])
-    stored.save(path, exif=exif, **options)
-
-
 def test_photos_of_every_kind_read_alike(tmp_path):
     photo = blob()[0].convert("L").convert("RGB")  # grey, so that every mode can hold it
     pixels = np.asarray(photo)
@@ -112,12 +97,15 @@ P1 = np.asarray(blob(x=9)[1]) // 255  # the mask of p1, the second photo of the 
 write = lambda name, content: lambda f: (f / name).write_bytes(content)
 delete = lambda name: lambda f: (f / name).unlink()
 rename = lambda old, new: lambda f: (f / old).rename(f / new)
+renamed = lambda photo, mask: lambda f: [step(f) for step in (  # the photo p1 and its mask under other names
+    rename("images/p1.png", f"images/{photo}.png"), rename("masks/p1.png", f"masks/{mask}.png"),
+    write("train.txt", f"p0\n{photo}\np2\np3\n".encode()))]
 remask = lambda values, name="p1.png": lambda f: Image.fromarray(values).save(f / "masks" / name)
 remask_all = lambda mask_of: lambda f: [remask(mask_of(i), f"p{i}.png")(f) for i in range(6)]
 rewrite = lambda how, **options: lambda f: how(blob()[1]).save(f / "masks/p1.png", **options)
-remake = lambda make: lambda f: delete("images/p1.png")(f) or make(f / "images/p1.png")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n"
 link = lambda to: lambda f: delete("images/p1.png")(f) or (f / "images/p1.png").symlink_to(to)
+pipe = lambda f: delete("images/p1.png")(f) or os.mkfifo(f / "images/p1.png")
 
 
 def retype(ending, how=lambda photo: photo, keep=1.0, **options):
@@ -141,23 +129,10 @@ def bomb(f):
     write("images/p1.png", png)(f)
 
 
-def renamed(photo, mask):
-    """The photo p1 and its mask under other names."""
-
-    def apply(f):
-        (f / "images/p1.png").rename(f / f"images/{photo}.png")
-        (f / "masks/p1.png").rename(f / f"masks/{mask}.png")
-        (f / "train.txt").write_text(f"p0\n{photo}\np2\np3\n", encoding="utf-8")
-
-    return apply
-
-
 FOLDERS = {  # what is done to the folder: words of the error, or None where it reads as if nothing had happened
     "photo: text": (write("images/p1.png", b"hello"), "images/p1.png: cannot be read as a picture"),
     "photo: dead link": (link("p9.png"), "missing"),
-    "photo: a link to itself": (link("p1.png"), "images/p1.png: missing"),
-    "photo: a pipe": (remake(os.mkfifo), "p1.png: cannot be read as a picture (not a file)"),
-    "photo: a folder": (remake(Path.mkdir), "p1.png: cannot be read as a picture (not a file)"),
+    "photo: a pipe": (pipe, "p1.png: cannot be read as a picture (not a file)"),
     "photo: a program for Ghostscript": (write("images/p1.png", EPS), "as a picture (cannot identify image file"),
     "photo: nine tenths of a JPEG": (retype("jpg", keep=0.9), "p1.jpg: cannot be read"),
     "photo: PNG without its checksum and end": (retype("png", keep=-20), None),
@@ -187,8 +162,7 @@ FOLDERS = {  # what is done to the folder: words of the error, or None where it 
     "folder: spaces, dots, not ASCII": (renamed(*["my hand.v2 손 é"] * 2), None),
     "folder: one name, stored in two ways": (renamed("e\u0301", "\u00e9"), None),
     "lists: an absent name": (write("val.txt", b"p4\nq9\n"), "images/q9.* and"),
-    "lists: a name in train and val": (write("val.txt", b"p4\np0\n"), "val.txt: names p0, which train.txt has already"),
-    "lists: a name twice, once with ending": (write("val.txt", b"p4\np4.png\n"), "names p4, which val.txt has"),
+    "lists: a name in train and val": (write("val.txt", b"p4\np0.png\n"), "val.txt: names p0, which train.txt has"),
     "lists: one is missing": (delete("val.txt"), "(train.txt, val.txt, test.txt): has no photos for val; it needs one"),
     "lists: no text": (write("val.txt", b"\xff\xfe\0p"), "val.txt: is not UTF-8 text"),
     "lists: from Windows, with folders": (write("val.txt", b"\xef\xbb\xbfimages/p4.png\r\n\r\n"), None),
@@ -296,7 +270,6 @@ def test_a_network_sees_the_same_pixels_in_training_evaluation_and_prediction(tm
     np.testing.assert_array_equal(training.resized(0)[1], truth)
 
 
-@law
 @given(seed=seeds, crop=st.integers(24, 96), rotate=st.sampled_from([0, 15, 180]))
 def test_augmentation_moves_photo_and_mask_together(seed, crop, rotate):
     image, mask = data.augment(*letter_f(), crop, rotate, np.random.default_rng(seed))

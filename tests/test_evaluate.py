@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BOX, HERE, law, seeds, write_checkpoint, write_pair
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import BOX, HERE, seeds, write_checkpoint, write_pair
+from hypothesis import given, strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
@@ -75,7 +74,6 @@ def test_weights_are_those_of_the_card_and_of_the_long_runs(name, data, system):
         assert words in section
 
 
-@law
 @given(k=st.integers(2, 5), size=st.tuples(*[st.integers(16, 90)] * 4), seed=seeds)
 def test_logits_are_enlarged_and_then_made_to_sum_to_one_also_in_strips(k, size, seed):
     s, photo = torch.randn(1, k, *size[:2], generator=torch.Generator().manual_seed(seed)), Image.new("L", size[2:])
@@ -115,7 +113,6 @@ def test_a_split_is_counted_once_for_each_pass(tmp_path):
     assert score == columns["mIoU_2"] == 1 and columns["CE_1"] == pytest.approx(entropy[0] / (rest + box), rel=1e-5)
 
 
-@law
 @given(classes=st.integers(2, 4), seed=seeds)
 def test_scores_equal_their_definition_by_sets(classes, seed):
     rng = np.random.default_rng(seed)

@@ -38,11 +38,12 @@ json.dump(printed, sys.stdout)
 
 
 def agrees(shown, printed):
-    """Word for word. A number after "about" is the result of a training, and may differ by 0.05 elsewhere."""
+    """Word for word. A number after "about" is the result of a short training, and may differ by 0.1 elsewhere: an
+    AMD processor prints 0.83 where an Intel one prints 0.89."""
     rough = r"(?<=about )\d\.\d+"
     pairs = zip(*(map(float, re.findall(rough, text)) for text in (shown, printed)))
     same = re.sub(rough, "#", shown) == re.sub(rough, "#", printed)
-    return same and all(abs(a - b) <= 0.05 for a, b in pairs)
+    return same and all(abs(a - b) <= 0.1 for a, b in pairs)
 
 
 def test_tutorial_runs_as_a_notebook_and_prints_what_it_shows(tmp_path):
