@@ -165,7 +165,7 @@ def main():
     cli.add_argument("--frames", action="store_true", help="the inputs are one video, in order of name")
     cli.add_argument("--probabilities", action="store_true", help="of two classes, also write NAME_probabilities.png")
     cli.add_argument("--threshold", type=float, metavar="T", help="of two classes, the foreground's least probability")
-    cli.add_argument("--views", type=int, choices=[1, 2, 8], help="as --views of train.py [as the network was scored]")
+    cli.add_argument("--views", type=int, choices=[1, 2, 8], help="2 adds a mirror image, 8 all turns [as trained]")
     cli.add_argument("--export", type=Path, metavar="FILE", help="write the network as ONNX; no photos then")
     args = cli.parse_args()
     if bool(args.inputs) == bool(args.export):

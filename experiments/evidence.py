@@ -70,7 +70,7 @@ def all_runs():
     for systems, sets in groups:
         for seed, data, system in itertools.product(range(3), sets, systems):
             seeds, times, crops, flags = SYSTEMS[system]
-            if seed < seeds and (data == "DRIVE" or not system.endswith(("other crops", "3 x steps"))):
+            if seed < seeds and (data == "DRIVE" or not system.endswith("other crops")):
                 crops = {"DRIVE": crops, "hgr": {}, "roads": SMALL}[data]
                 epochs = round(EPOCHS[data] * times * crops.get("batch", 8) / 8)
                 out = "runs/evidence/" + re.sub(r"\W+", "_", f"{data}, {system}, seed {seed}")
