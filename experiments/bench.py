@@ -200,23 +200,23 @@ def compare_training(rounds):
 
 # ---------------------------------------------------------------- --traffic
 class Traffic(TorchDispatchMode):
-    """Bytes that a forward pass reads and writes, and the kernels that a GPU launches for it."""
+    """Bytes that a forward pass reads and writes, those of norms and ReLUs, and the kernels a GPU launches for it."""
 
-    bytes = launches = 0
+    bytes = norms = launches = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if not func.is_view and "empty" not in func.name():
-            self.launch(func, None, *tree_leaves((args, out)))
-            if func is torch.ops.aten.native_group_norm.default:
-                self.bytes += args[0].nbytes  # sums, mean and deviation, result: three kernels, two of which read x
-                self.launches += 2
+            again = [args[0]] if func is torch.ops.aten.native_group_norm.default else []
+            self.launch(func, None, *tree_leaves((args, out)), *again)  # three kernels; sums and result both read x
+            self.launches += 2 * len(again)
         return out
 
     def launch(self, kernel, grid, *args, **constants):
         """In place of gates_triton's launcher: counts what it would launch."""
         nbytes = sum(x.nbytes for x in args if isinstance(x, torch.Tensor))
         self.bytes += nbytes
+        self.norms += nbytes * bool(re.search("norm|group|relu", getattr(kernel, "__name__", str(kernel))))
         self.launches += nbytes > 0
 
 
@@ -235,12 +235,12 @@ def count_traffic(fused, batch, size):
 
 
 def print_traffic(_):
-    print(f"{'DRU(4), three passes':24}{'form':8}{'MB':>8}{'of plain':>10}{'launches':>10}{'of plain':>10}")
+    print(f"{'DRU(4), 3 passes':18}{'form':8}{'MB':>8}{'of plain':>10}{'norm, ReLU':>12}{'launches':>10}{'of plain':>10}")
     for batch, *size in (1, 230, 306), (8, 240, 320):
         plain, fused = (count_traffic(form, batch, size) for form in (False, True))
         for form, c in ("plain", plain), ("fused", fused):
-            row = f"{f'{batch} x {size[0]}x{size[1]}':24}{form:8}{c.bytes / 1e6:8.0f}{c.bytes / plain.bytes:10.0%}"
-            print(row + f"{c.launches:10}{c.launches / plain.launches:10.0%}")
+            row = f"{f'{batch} x {size[0]}x{size[1]}':18}{form:8}{c.bytes / 1e6:8.0f}{c.bytes / plain.bytes:10.0%}"
+            print(row + f"{c.norms / c.bytes:12.0%}{c.launches:10}{c.launches / plain.launches:10.0%}")
 
 
 JOBS = {"table": print_systems, "infer": compare_inference, "train": compare_training, "traffic": print_traffic}

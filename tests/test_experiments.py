@@ -123,7 +123,7 @@ def test_bench_counts_what_the_fused_kernels_save():
     with torch.no_grad():
         net(torch.rand(1, 3, 70, 90))
     relus, small = [y.nbytes for m, y in out.items() if isinstance(m, nn.ReLU)], []
-    nbytes = 2 * sum(relus) + 11 * out[net.unit.net_z].nbytes + 2 * out[net.unit.net_r].nbytes
+    nbytes, gates = 2 * sum(relus), 11 * out[net.unit.net_z].nbytes + 2 * out[net.unit.net_r].nbytes
     launches = len(relus) + 5 + 1
     for norm in (m for m in out if isinstance(m, nn.GroupNorm)):
         (_, channels, height, width), n = out[norm].shape, norm.num_groups
@@ -133,7 +133,8 @@ def test_bench_counts_what_the_fused_kernels_save():
         launches += 2 if small[-1] else 1  # one or two kernels, not 3
     plain, fused = (bench.count_traffic(form, 1, (70, 90)) for form in (False, True))
     assert set(small) == {True, False}
-    assert plain.bytes - fused.bytes == 3 * nbytes and plain.launches - fused.launches == 3 * launches
+    assert plain.norms - fused.norms == 3 * nbytes and plain.bytes - fused.bytes == 3 * (nbytes + gates)
+    assert plain.launches - fused.launches == 3 * launches
 
 
 def test_tables_on_the_pages_are_what_results_say():
