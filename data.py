@@ -225,7 +225,7 @@ class Photos(torch.utils.data.Dataset):
         self.found, self.pairs, self.classes = found, found.pairs[split], found.classes
         self.size, self.augment, self.rotate, self.seed, self.repeat = size, augment, rotate, seed, repeat
         self.crop = crop or size or found.short_side(split)
-        small = size and 6 * size * size * len(self.pairs) < 1e9  # bytes
+        small = size and 6 * size * size * len(self.pairs) < 1e9  # bytes, at 1.5 times as wide as high
         self.cache = {} if augment and small else None  # a small set is decoded once
 
     def __len__(self):

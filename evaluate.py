@@ -41,7 +41,7 @@ class Segmenter(nn.Module):
     def __init__(self, net, size, passes, views):
         super().__init__()
         if not (16 <= size <= 4096 and 1 <= passes <= 1000 and views in (1, 2, 8)):
-            raise ValueError(f"size {size}, passes {passes}, views {views}")
+            raise ValueError(f"size {size}, passes {passes}, views {views}: must be 16-4096, 1-1000, and 1, 2 or 8")
         self.net, self.size, self.passes, self.views = net, size, passes, views
 
     def forward(self, image):
@@ -88,19 +88,19 @@ def load(path, device=torch.device("cpu"), net=None):
 
 def start_from(net, path, network, folder):
     """Fill a new network from another run's checkpoint. The head stays new where the classes differ. Prints what it
-    begins with, and how many photos of folder's val and test that run learned from."""
+    begins with, and how many photos of folder's val and test that run trained or validated on."""
     (content, _), own = read_matching(path), net.state_dict()
     with one_sentence(path):
         there, here = ({**d, "options": d["options"] | {"passes": None}} for d in (content["network"], network))
-        weights, more = content["ema"], len(net.head.weight) - content["classes"]
+        weights, new_head = content["ema"], len(net.head.weight) != content["classes"]
     if there != here:
         raise ValueError(f"--start {path}: holds {content['network']}; this run builds {network}")
     for name in own:
-        if not (more and name.startswith("head.")):
+        if not (new_head and name.startswith("head.")):
             shared = tuple(map(slice, map(min, own[name].shape, weights[name].shape)))
             own[name][shared] = weights[name][shared]  # everything, or the channels of photo and common classes
     about = f"--start {path}: {network['name']} of {content['classes']} classes, short side {content['input']['size']}"
-    print_once(about + "; here the classes differ, so the head is new" * bool(more))
+    print_once(about + "; here the classes differ, so the head is new" * new_head)
     before = {h: name.split("/")[0] for name, h in content.get("photos", {}).items()}
     moved = sum(before.get(h, s) != s for s in ("val", "test") for h in folder.fingerprint(s).values())
     if moved:
@@ -108,14 +108,14 @@ def start_from(net, path, network, folder):
 
 
 # ---------------------------------------------------------------- 2. from a network to masks
-def to_photo(s, photo):
+def to_probabilities(s, photo):
     """Logits (1, K, h, w) -> probabilities (K, H, W) at the photo's own size, on the CPU."""
     return F.interpolate(s.float(), photo.size[::-1], mode="bilinear")[0].softmax(0).cpu()
 
 
 def in_strips(s, photo, find, rows=256):
-    """Logits (1, K, h, w) -> what `find` makes of the probabilities (K, H, W), uint8 (H, W): `to_photo`, a strip of
-    rows at a time. The probabilities of a large photo take gigabytes."""
+    """Logits (1, K, h, w) -> what `find` makes of the probabilities (K, H, W), uint8 (H, W). A strip of rows at a
+    time, because all probabilities of a large photo take gigabytes."""
     w, h = photo.size
     s, found = F.interpolate(s.float(), (s.shape[2], w), mode="bilinear")[0], []
     y = ((torch.arange(h, device=s.device) + 0.5) * (s.shape[1] / h) - 0.5).clamp(min=0)
@@ -132,7 +132,7 @@ def to_classes(s, photo, rows=256):
 
 
 @torch.no_grad()
-def segment(model, photo, every=True, enlarge=to_photo):
+def segment(model, photo, every=True, enlarge=to_probabilities):
     """RGB picture of any size -> a list of probabilities (K, H, W), one a pass; without `every` only the last."""
     image = model.to_input(photo)
     with autocast(image.device):
@@ -141,7 +141,7 @@ def segment(model, photo, every=True, enlarge=to_photo):
 
 
 @torch.no_grad()
-def segment_frame(model, photo, state, enlarge=to_photo):
+def segment_frame(model, photo, state, enlarge=to_probabilities):
     """One pass over a frame of a video, from the state of the last frame: probabilities and the next state. Without a
     state, or after a frame of another size, the model makes all its passes over this one."""
     image, passes = model.to_input(photo), 1
@@ -155,38 +155,38 @@ def segment_frame(model, photo, state, enlarge=to_photo):
 
 def finite(s):
     if not s.isfinite().all():
-        raise ValueError("the network returned what is no number; its training has diverged")
+        raise ValueError("the network's output is not finite; its training has diverged")
     return s
 
 
 # ---------------------------------------------------------------- 3. from masks to scores
 def confusion(prediction, truth, classes):
-    """(K, K): how many pixels of class row were called class column. Void pixels do not count."""
+    """(K, K): how many pixels of class row were predicted as class column. Void pixels do not count."""
     seen = truth != VOID
     return torch.bincount(truth[seen] * classes + prediction[seen], minlength=classes**2).view(classes, classes)
 
 
 def class_ious(matrix):
-    """(K,) in float64, eq. (8); NaN for a class that neither occurs nor is called."""
+    """(K,) in float64, eq. (8); NaN for a class that neither occurs nor is predicted."""
     return matrix.diag().double() / (matrix.sum(0) + matrix.sum(1) - matrix.diag())
 
 
 def scores(matrix):
-    """Means over the classes that occur or are called; of two classes also the foreground's IoU and F1. Eq. (8)."""
-    hit, true, called = matrix.diag().double(), matrix.sum(1), matrix.sum(0)
-    iou, f1 = class_ious(matrix), 2 * hit / (true + called)
-    precision, recall = hit / called.clamp(min=1), hit / true.clamp(min=1)
+    """Means over the classes that occur or are predicted; of two classes also the foreground's IoU and F1. Eq. (8)."""
+    tp, actual, predicted = matrix.diag().double(), matrix.sum(1), matrix.sum(0)
+    iou, f1 = class_ious(matrix), 2 * tp / (actual + predicted)
+    precision, recall = tp / predicted.clamp(min=1), tp / actual.clamp(min=1)
     table = {"mIoU": iou, "mPrec": precision, "mRec": recall, "mF1": f1}
-    row = {name: values[true + called > 0].mean().item() for name, values in table.items()}
+    row = {name: values[actual + predicted > 0].mean().item() for name, values in table.items()}
     return row | {"IoU": iou[1].item(), "F1": f1[1].item()} if len(matrix) == 2 else row
 
 
 def break_even(curve):
     """F1 where precision equals recall. curve (2, bins): pixels of either class by the foreground's probability."""
-    hit, called = curve[1].flip(0).cumsum(0), curve.sum(0).flip(0).cumsum(0)  # at every threshold, from 1 down
-    true = hit[-1]
-    at = (called - true).abs().argmin()  # as many called as there are, so hit / called = hit / true
-    return (2 * hit[at] / (called[at] + true)).item()
+    tp, predicted = curve[1].flip(0).cumsum(0), curve.sum(0).flip(0).cumsum(0)  # at every threshold, from 1 down
+    actual = tp[-1]
+    at = (predicted - actual).abs().argmin()  # as many predicted as there are: tp / predicted = tp / actual
+    return (2 * tp[at] / (predicted[at] + actual)).item()
 
 
 def evaluate_split(model, photos):
@@ -197,7 +197,10 @@ def evaluate_split(model, photos):
     for i in tqdm(range(rank, len(photos), world), desc="evaluate", leave=False, disable=rank > 0 or None):
         photo, mask = photos.pictures(i)
         truth = torch.from_numpy(np.array(mask, np.int64))
-        masks = segment(model, photo)
+        try:
+            masks = segment(model, photo)
+        except ValueError as error:
+            raise ValueError(f"{photos.pairs[i][1]}: {error}") from None
         matrices += torch.stack([confusion(p.argmax(0), truth, photos.classes) for p in masks])
         seen = truth != VOID
         bins = [(truth[seen] == 1) * 1001 + (1000 * p[1][seen]).round().long() for p in masks]
@@ -228,7 +231,7 @@ def print_table(matrices, curves, title, names):
         ious = [f"{names[k] if names else k} {iou:.4f}" for k, iou in enumerate(class_ious(matrices[-1]).tolist())]
         print("IoU of each class, last pass: " + ", ".join(ious))
     if not matrices[-1][:, 1:].any():
-        print("The last pass calls every pixel background. More --epochs or a larger --size may find small things.")
+        print("The last pass predicts background everywhere. More --epochs or a larger --size may find small things.")
 
 
 def draw_samples(model, photos, path, rows=4):

@@ -144,8 +144,8 @@ def _group(x_ptr, w_ptr, b_ptr, groups, width, HW, EPS, WIDTH: tl.constexpr, PIX
     x = tl.where(here, _load(x_ptr + start, i, here), 0.0)
     d = tl.where(here, x - tl.sum(x) / M, 0.0)  # subtracted first, so that the squares' sum does not cancel
     rstd = 1 / tl.sqrt(tl.sum(d * d) / M + EPS)
-    chan = row % groups * width + k
-    w, b = tl.where(k < width, _load(w_ptr, chan, k < width), 0.0), _load(b_ptr, chan, k < width)
+    channel = row % groups * width + k
+    w, b = tl.where(k < width, _load(w_ptr, channel, k < width), 0.0), _load(b_ptr, channel, k < width)
     return start, i, here, d * rstd, rstd, w, b
 
 
@@ -177,8 +177,8 @@ def _norm_sums(x_ptr, mean_ptr, m2_ptr, HW, SPAN: tl.constexpr, BLOCK: tl.conste
     """Larger groups take two kernels, and each channel of theirs several programs, as a GPU has room for hundreds.
     This one finds, of one part of a channel, the mean and the sum of squares about that mean."""
     at, parts = tl.program_id(0), tl.cdiv(HW, SPAN)
-    channel, begin = at // parts, at % parts * SPAN  # a sample's channel; only the first axis of a grid may be long
-    x_ptr += channel.to(tl.int64) * HW
+    plane, begin = at // parts, at % parts * SPAN  # a channel of a sample; only a grid's first axis may be long
+    x_ptr += plane.to(tl.int64) * HW
     i = begin + tl.arange(0, BLOCK)
     x = tl.where(i < HW, _load(x_ptr, i, i < HW), 0.0)
     near = tl.sum(x) / tl.minimum(HW - begin, BLOCK)  # the mean of the first block is near enough to the part's
@@ -212,11 +212,11 @@ def _norm_fwd(x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, out_ptr, groups, width, HW,
               EPS: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One block of one channel, whose weight and bias are two numbers."""
     blocks = tl.cdiv(HW, BLOCK)
-    channel, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    start, chan = channel.to(tl.int64) * HW, channel % (groups * width)
+    plane, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    start, channel = plane.to(tl.int64) * HW, plane % (groups * width)
     x = _load(x_ptr + start, i, i < HW)  # before the statistics, so that both wait for memory together
-    mean, rstd = _moments(mean_ptr, m2_ptr, channel // width, width, HW, SPLITS, SPAN, EPS)
-    y = (x - mean) * (rstd * _load(w_ptr, chan, None)) + _load(b_ptr, chan, None)
+    mean, rstd = _moments(mean_ptr, m2_ptr, plane // width, width, HW, SPLITS, SPAN, EPS)
+    y = (x - mean) * (rstd * _load(w_ptr, channel, None)) + _load(b_ptr, channel, None)
     tl.store(out_ptr + start + i, tl.where(y < 0, 0.0, y) if RELU else y, i < HW)
 
 
@@ -226,10 +226,10 @@ def _norm_bwd_sums(g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr,
                    BLOCK: tl.constexpr):  # fmt: skip
     """Of a part: the sums of g and g * xhat."""
     at, parts = tl.program_id(0), tl.cdiv(HW, SPAN)
-    channel, i = at // parts, at % parts * SPAN + tl.arange(0, BLOCK)
-    start, chan = channel.to(tl.int64) * HW, channel % (groups * width)
-    mean, rstd = _moments(mean_ptr, m2_ptr, channel // width, width, HW, SPLITS, SPAN, EPS)
-    w, b = _load(w_ptr, chan, None), _load(b_ptr, chan, None)
+    plane, i = at // parts, at % parts * SPAN + tl.arange(0, BLOCK)
+    start, channel = plane.to(tl.int64) * HW, plane % (groups * width)
+    mean, rstd = _moments(mean_ptr, m2_ptr, plane // width, width, HW, SPLITS, SPAN, EPS)
+    w, b = _load(w_ptr, channel, None), _load(b_ptr, channel, None)
     db, dw = tl.zeros([BLOCK], mean.dtype), tl.zeros([BLOCK], mean.dtype)
     for _ in range(SPAN // BLOCK):
         xhat = (_load(x_ptr + start, i, i < HW) - mean) * rstd
@@ -248,8 +248,8 @@ def _norm_bwd(g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr, dx_p
               BLOCK: tl.constexpr):  # fmt: skip
     """dx, by the formula of _group_bwd, for one block of one channel."""
     blocks = tl.cdiv(HW, BLOCK)
-    channel, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    start, chan, group = channel.to(tl.int64) * HW, channel % (groups * width), channel // width
+    plane, i = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    start, channel, group = plane.to(tl.int64) * HW, plane % (groups * width), plane // width
     x, g = _load(x_ptr + start, i, i < HW), _load(g_ptr + start, i, i < HW)
     mean, rstd = _moments(mean_ptr, m2_ptr, group, width, HW, SPLITS, SPAN, EPS)
     k, parts = tl.arange(0, SPLITS), tl.cdiv(HW, SPAN)
@@ -257,7 +257,7 @@ def _norm_bwd(g_ptr, x_ptr, w_ptr, b_ptr, mean_ptr, m2_ptr, db_ptr, dw_ptr, dx_p
     w = _load(w_ptr, group % groups * width + k // parts, here)
     wg = tl.sum(tl.where(here, w * tl.load(db_ptr + at, here, 0.0), 0.0)) / (width * HW)
     wgx = tl.sum(tl.where(here, w * tl.load(dw_ptr + at, here, 0.0), 0.0)) / (width * HW)
-    w, b, xhat = _load(w_ptr, chan, None), _load(b_ptr, chan, None), (x - mean) * rstd
+    w, b, xhat = _load(w_ptr, channel, None), _load(b_ptr, channel, None), (x - mean) * rstd
     g = tl.where(xhat * w + b <= 0, 0.0, g) if RELU else g
     tl.store(dx_ptr + start + i, rstd * (w * g - wg - xhat * wgx), i < HW)
 

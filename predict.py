@@ -93,11 +93,11 @@ def read_pictures(path):
 
 
 def outputs_of(args, name, taken):
-    """Where its mask, its overlay and its probabilities go: no input, and no file that is not ours."""
+    """Where its mask, its overlay and its probabilities go: nothing `taken`, and no file that is not ours."""
     ends = [".png", "_overlay.jpg", *["_probabilities.png"] * args.probabilities]
     for path in (paths := [args.out / f"{name}{end}" for end in ends]):
         if os.path.realpath(path) in taken:
-            raise ValueError(f"{path}: is an input and would be overwritten; name another folder with --out")
+            raise ValueError(f"{path}: is an input or another input's output; rename one, or choose another --out")
         refuse_foreign(path)
     return paths
 
@@ -117,7 +117,8 @@ def mask_all(args):
     inputs = find_inputs(args.inputs)
     taken = set(map(os.path.realpath, inputs))
     for path in inputs:
-        outputs_of(args, path.stem, taken)
+        if path.suffix.lower() not in VIDEOS:
+            outputs_of(args, path.stem, taken)
     args.out.mkdir(parents=True, exist_ok=True)
 
     def enlarge(s, photo):
@@ -145,6 +146,7 @@ def mask_all(args):
                         Image.fromarray(picture).save(file, "PNG", pnginfo=mark)
                 with new_file(overlay_path) as file:
                     drawn.save(file, "JPEG", quality=92, comment=MARK)
+                taken |= set(map(os.path.realpath, (mask_path, overlay_path, *grey_path)))
                 done += 1
         except Exception as error:
             if not isinstance(error, (ValueError, OSError)) and not is_out_of_memory(error):

@@ -84,7 +84,7 @@ class UNet(nn.Module):
         super().__init__()
         lowest = len(widths) - 1
         ins, outs, ends = [c_in, *widths], [c_out or widths[0], *widths[1:]], [end, *[ReLU] * lowest]
-        # A group of one channel would remove the photo's colour, so the first level has groups of at least four.
+        # Groups of one channel would remove the photo's colour, so on level 0 a group has four, or all of fewer.
         groups = [max(1, min(8, widths[0] // 4)), *[8] * lowest]
         self.down = nn.ModuleList(DoubleConv(ins[i], widths[i], groups=groups[i]) for i in range(lowest))
         self.middle = DoubleConv(ins[lowest], outs[lowest], ends[lowest]) if middle is None else middle
@@ -189,7 +189,7 @@ class RecurrentUNet(nn.Module):
         self.head = nn.Conv2d(width, classes, 1)
 
     def start(self, image):
-        """The state before pass 1: probabilities p (B, K, H, W) and h, all zero. Later ones sum to one in every
+        """The state before pass 1: probabilities p (B, K, H, W) and h, all zero. Later p sum to one in every
         pixel, so the network can recognise the first pass."""
         check_image(image, self)
         return tuple(self.head.weight.new_zeros(shape, device=image.device) for shape in self.state_shapes(image))
@@ -233,13 +233,20 @@ def recurrent_loss(masks, truth, alpha, pixels=None, dice=0.0):
     """
     if isinstance(masks, torch.Tensor):
         raise ValueError(f"masks is a tensor {tuple(masks.shape)}; it must be a list of logits, one for each pass")
-    seen = (truth != VOID).sum()
-    pixels = seen if pixels is None else pixels
+    counted = (truth != VOID).sum()
+    pixels = counted if pixels is None else pixels
     pixels = torch.as_tensor(pixels).clamp(min=1)  # a crop may be void everywhere; its loss is then 0, not 0/0
     losses = [F.cross_entropy(s, truth, ignore_index=VOID, reduction="sum") / pixels for s in masks]
     if dice:
-        losses = [loss + dice * seen / pixels * (1 - soft_dice(s, truth)) for loss, s in zip(losses, masks)]
+        losses = [loss + dice * counted / pixels * (1 - soft_dice(s, truth)) for loss, s in zip(losses, masks)]
     return sum(alpha ** (len(masks) - t) * loss for t, loss in enumerate(losses, 1))
+
+
+def soft_dice(s, truth):
+    """2 |P and Y| / (|P| + |Y|) over a batch; P is the probability of any class but 0, Y the pixels of such classes."""
+    counted = truth != VOID
+    p, foreground = (1 - s.float().softmax(1)[:, 0]) * counted, counted & (truth > 0)
+    return (2 * (p * foreground).sum() + 1) / (p.sum() + foreground.sum() + 1)  # the ones: 1 where both are empty
 
 
 class LastPass(nn.Module):
@@ -259,13 +266,6 @@ class LastPass(nn.Module):
             for _ in range(n - 1):
                 _, state = self.net.step(image, state)
         return [self.net.step(image, state)[0]]
-
-
-def soft_dice(s, truth):
-    """2 |P and Y| / (|P| + |Y|) over a batch; P is the probability of any class but 0, Y the pixels of such classes."""
-    seen, foreground = truth != VOID, (truth != VOID) & (truth > 0)
-    p = (1 - s.float().softmax(1)[:, 0]) * seen
-    return (2 * (p * foreground).sum() + 1) / (p.sum() + foreground.sum() + 1)  # the ones: 1 where both are empty
 
 
 # ---------------------------------------------------------------- checks

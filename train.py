@@ -50,7 +50,7 @@ class Config:
     width: int = knob(8, "channels at level 0", (1, 1024))
     hidden: int = knob(16, "channels of the hidden state", (1, 1024))
     passes: int = knob(3, "N, how often the network sees each photo", (1, 1000))
-    teach: str = knob("one", "the passes a step teaches: one drawn from 1 to N, or all", choices=["one", "all"])
+    teach: str = knob("one", "a step teaches one drawn pass or all (rec-*: always all)", choices=["one", "all"])
     alpha: float = knob(0.4, "alpha**(N - t) is how often pass t is drawn, or with --teach all its weight", (1e-6, 1))
     dice: float = knob(0.0, "adds this times 1 - Dice to the loss; 1 where few pixels are foreground", (0, 100))
     size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most are smaller", (16, 4096))
@@ -58,10 +58,10 @@ class Config:
     rotate: float = knob(15.0, "largest turn in augmentation, degrees; 180 where a photo has no up", (0, 180))
     void: int = knob(VOID, "class id that neither trains nor counts, besides 255", (0, 255))
     views: int = knob(1, "2 scores the mean of a photo and its mirror image, 8 of all its turns too", choices=[1, 2, 8])
-    epochs: int = knob(50, "one shows every photo once; fewer than 400 are repeated to make 400", (1, 10**9))
+    epochs: int = knob(50, "one shows each photo once, or so often that it has 400", (1, 10**9))
     batch: int = knob(8, "photos a step, over all processes", (1, 10_000))
     lr: float = knob(4e-3, "peak learning rate of AdamW, one cycle", (1e-12, 1))
-    seed: int = knob(0, "of weights, order and augmentation", (0, 10**9))
+    seed: int = knob(0, "of weights, order, augmentation and drawn passes", (0, 10**9))
     workers: int = knob(-1, "processes that load photos; -1: none on a CPU, 4 for a GPU", (0, 256))
     start: str = knob("", "checkpoint whose weights a new run begins with")
     resume: bool = knob(False, "go on from last.pt in --out; with other settings, --start it in a new run")
@@ -78,7 +78,7 @@ class Config:
 
 
 def parse(argv=None):
-    """Typed flags win, then the checkpoint's settings (of --start the network's and the size), then the defaults."""
+    """The defaults; over them the checkpoint's settings, of --start a few; over them typed flags that may differ."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
@@ -90,12 +90,11 @@ def parse(argv=None):
     path = Path(c.start or c.evaluate or f"{c.out}/last.pt")
     content = read_checkpoint(path)
     with one_sentence(path):
-        content.get("config", {}).pop("recompute", None)  # a flag that is gone
         saved = asdict(Config(**content.get("config", {}))) | {"start": "", "resume": False}
     fixed = saved.keys() - {"data", "out", "workers", "start", "resume", "evaluate"}
     if c.start:
         fixed = {"model", "level", "width", "hidden"}
-        saved = {name: saved[name] for name in fixed | {"size", "crop"}}
+        saved = {name: saved[name] for name in fixed | {"size", "crop", "weights"}}
     if c.evaluate:
         fixed -= {"size", "passes", "views", "void"}
     for name in sorted(fixed & typed.keys()):
@@ -106,7 +105,8 @@ def parse(argv=None):
 
 def train(c, net=None, folder=None, criterion=None):
     """Train by a Config and write best.pt and last.pt into its --out; return what `data.survey` finds in c.data, or
-    `folder`. `net` is a network of your own, which `evaluate.load` then needs too; `criterion` a loss of your own."""
+    `folder`. `net` is a network of your own, which `evaluate.load` then needs too; `criterion` is described in
+    paper/README.md."""
     device = processes.join()
     with processes.exclusive(Path(c.out), c.resume):
         folder = folder or survey(c.data, c.void)
@@ -129,7 +129,8 @@ def learn(c, net, folder, criterion, device, out, rank, world):
         state, _ = read_matching(out / "last.pt", PARTS | PROGRESS, net)
         if state["network"] != network:
             raise ValueError(f"{out}/last.pt: holds {state['network']}, but its settings build {network}")
-    net = net or baselines.build(c.model, folder.classes, None if c.resume else c.weights, **network["options"])
+    weights = c.weights * (not c.resume and not c.start)  # otherwise the checkpoint has them
+    net = net or baselines.build(c.model, folder.classes, weights, **network["options"])
     if c.start:
         start_from(net, c.start, network, folder)
     net = for_device(net, device)
@@ -144,13 +145,13 @@ def learn(c, net, folder, criterion, device, out, rank, world):
     optimiser = torch.optim.AdamW(baselines.parameter_groups(net, c.lr, bool(c.weights)), weight_decay=1e-2)
     steps, peaks = len(photos) // c.batch or 1, [group["lr"] for group in optimiser.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, total_steps=c.epochs * steps)
-    log, best, done, total, norms = [], 0.0, 0, 0.0, 0.0  # of the epoch under way: steps, sums of losses and gradients
+    log, best, done, total, norms = [], 0.0, 0, 0.0, 0.0  # the last three: steps of this epoch, their losses, gradients
     about = {"network": network, "input": {name: getattr(c, name) for name in ("size", "passes", "views")}}
     about |= {"classes": folder.classes, "config": asdict(c), "photos": folder.fingerprint("train", "val")}
     weights = {"model": net, "ema": ema.module}
     everything = weights | {"optimiser": optimiser, "schedule": schedule}
     if c.resume:
-        if state["classes"] != folder.classes or [*state["photos"].items()] != [*about["photos"].items()]:
+        if state["classes"] != folder.classes or [*state["photos"].items()] != [*about["photos"].items()]:  # order too
             found, last = differences(state["photos"], about["photos"]), f"{out}/last.pt"
             raise ValueError(f"{c.data}: changed since {last} ({found}); undo that, or begin a new run: --start {last}")
         with one_sentence(out / "last.pt"):

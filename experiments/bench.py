@@ -235,7 +235,7 @@ def count_traffic(fused, batch, size):
 
 
 def print_traffic(_):
-    print(f"{'DRU(4), 3 passes':18}{'form':8}{'MB':>8}{'of plain':>10}{'norm, ReLU':>12}{'launches':>10}{'of plain':>10}")
+    print("DRU(4), 3 passes  form          MB  of plain  norm, ReLU  launches  of plain")
     for batch, *size in (1, 230, 306), (8, 240, 320):
         plain, fused = (count_traffic(form, batch, size) for form in (False, True))
         for form, c in ("plain", plain), ("fused", fused):

@@ -53,10 +53,11 @@ class RecSimple(nn.Module):
 
     def forward(self, image, passes=None):
         check_image(image, self)
-        mask, masks = image.new_zeros(image.shape[0], self.classes, *image.shape[2:]), []
+        p, masks = image.new_zeros(image.shape[0], self.classes, *image.shape[2:]), []
         for _ in range(count_passes(self, passes)):
-            masks.append(self.head(self.unet(torch.cat([image, mask], dim=1))))
-            mask = masks[-1].softmax(1)
+            s = self.head(self.unet(torch.cat([image, p], dim=1)))
+            masks.append(s)
+            p = s.softmax(1)
         return masks
 
 
@@ -210,8 +211,8 @@ def load_encoder(encoder, path):
 
 
 # ---------------------------------------------------------------- U-Nets and DRUs around them
-class Around(nn.Module):
-    """A decoder of the paper's kind around an encoder, with 512 channels between; called as rurnet.UNet."""
+class PretrainedOuter(nn.Module):
+    """A pretrained encoder and a decoder of the paper's kind, as rurnet.UNet has them; 512 channels between."""
 
     def __init__(self, encoder, c_in):
         super().__init__()
@@ -220,7 +221,7 @@ class Around(nn.Module):
         if isinstance(encoder, ResNet):  # its first feature map is at half the resolution
             self.stem = DoubleConv(c_in, 32)
             c_skips.insert(0, 32)
-        outs = [c_skips[0], *c_skips[:-1]]  # every level hands on the width of the level above
+        outs = [c_skips[0], *c_skips[:-1]]  # each level outputs the width of the level above
         ins = [*outs[1:], 512]
         self.up = nn.ModuleList(Up(*c) for c in reversed(list(zip(ins, c_skips, outs))))
         self.c_out = outs[0]
@@ -241,7 +242,7 @@ class DeepUNet(nn.Module):
     def __init__(self, encoder, classes=2, image_channels=3):
         super().__init__()
         self.image_channels = image_channels
-        self.outer = Around(encoder(image_channels), image_channels)
+        self.outer = PretrainedOuter(encoder(image_channels), image_channels)
         self.middle = DoubleConv(self.outer.encoder.c_e, 512)
         self.head = nn.Conv2d(self.outer.c_out, classes, 1)
 
@@ -261,7 +262,7 @@ class DeepDRU(RecurrentUNet):
         nn.Module.__init__(self)  # the parts differ, everything else is RecurrentUNet's
         self.image_channels, self.classes, self.passes = image_channels, classes, passes
         self.level, self.hidden, c_in = 5, 512, image_channels + classes
-        self.outer = Around(encoder(c_in), c_in)
+        self.outer = PretrainedOuter(encoder(c_in), c_in)
         self.unit = (DRU if encoder is VGG16 else NarrowDRU)(self.outer.encoder.c_e, 512)
         self.f_s = nn.Conv2d(512, 512, 1)
         self.head = nn.Conv2d(self.outer.c_out, classes, 1)
@@ -280,7 +281,7 @@ class NarrowDRU(DRU):
 
 # ---------------------------------------------------------------- the heavy one-shot networks
 def conv(c_in, c_out, size=3, dilation=1):
-    """Convolution, group norm, ReLU. Unlike batch norm, group norm can train on a single photo."""
+    """Convolution, group norm, ReLU. With batch norm, `whole`, one pixel a photo, could not train on a single photo."""
     layer = nn.Conv2d(c_in, c_out, size, padding=dilation * (size // 2), dilation=dilation, bias=False)
     return nn.Sequential(layer, nn.GroupNorm(8, c_out), nn.ReLU())
 
@@ -413,7 +414,7 @@ def build(name, classes, weights=None, **chosen):
     an unfit file."""
     if unknown := chosen.keys() - options(name):
         raise ValueError(f"{name} takes no {min(unknown)}; it takes {', '.join(sorted(options(name)))}")
-    check_counts(classes=classes, **{k: v for k, v in chosen.items() if k not in ("unit", "level")})
+    check_counts(classes=classes, **{k: v for k, v in chosen.items() if k != "level"})
     net = SYSTEMS[name](classes=classes, **chosen)
     if weights:
         encoder = encoder_of(net)

@@ -15,7 +15,7 @@ ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".ti
 FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # no other: to open an EPS, Pillow runs Ghostscript
 SPLITS = ("train", "val", "test")
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])  # of ImageNet, by custom
-warnings.filterwarnings("ignore", module="PIL")  # these name no file; above 179 megapixels Pillow refuses
+warnings.filterwarnings("ignore", module="PIL")  # Pillow's warnings name no file
 
 
 def open_picture(path, small=False):

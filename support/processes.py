@@ -119,7 +119,7 @@ def print_once(*words, **how):
 def finite_sum(loss, net, where):
     """The processes' loss and the norm of its gradient. ValueError in all of them where one is not finite."""
     loss = sum_over_processes(loss.detach().double()).item()
-    gradient = torch.nn.utils.get_total_norm(p.grad for p in net.parameters()).item()
+    gradient = torch.nn.utils.get_total_norm(p.grad for p in net.parameters() if p.grad is not None).item()
     if math.isfinite(loss) and math.isfinite(gradient):
         return loss, gradient
     raise ValueError(f"the loss is {loss:.3g}, its gradient {gradient:.3g} in {where}; "
@@ -127,7 +127,7 @@ def finite_sum(loss, net, where):
 
 
 class Interrupts:
-    """While training, Ctrl-C and `kill` wait for the end of the step."""
+    """While training, Ctrl-C and `kill` wait for the end of the step, or of the validation."""
 
     def __init__(self, device, data, out):
         self.device, self.seen, self.best = device, 0, out / "best.pt"
@@ -189,7 +189,7 @@ def status_of(error, script):
 
 @contextmanager
 def one_ending(script):
-    """Around a whole script: it ends with a number or a sentence, or with a traceback where the fault is ours."""
+    """Around a script: ValueError, OSError and short memory end it with a sentence, other faults with a traceback."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by support/terminal.py while torch loaded
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 0

@@ -49,7 +49,7 @@ class ReplayedNet(nn.Module):
 class Replayed:
     """f(*args) for inference on a GPU from CUDA graphs: a recording of its kernels for each shape of its tensors.
 
-    The first call of a shape runs eagerly and the second is recorded, because photos of one size seldom come alone.
+    The first call of a shape runs eagerly, the second is recorded: a shape seen once is not worth it.
     What cannot be recorded runs eagerly. Results belong to the caller. Weights may change in place.
     """
 
@@ -111,10 +111,10 @@ class Graphed(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net, self.graphs = net, TrainingGraphs(net)
-        self.wanted = next(net.parameters()).is_cuda and not any(True for _ in net.buffers())
+        self.wanted = next(net.parameters()).is_cuda and not list(net.buffers())
 
     def forward(self, image, passes):
-        wanted = self.wanted and self.training and not distributed.is_initialized()
+        wanted = self.wanted and not distributed.is_initialized()
         return ((self.graphs.recording_of((image, passes)) if wanted else None) or self.net)(image, passes)
 
 

@@ -249,6 +249,9 @@ def test_a_threshold_chooses_from_the_probabilities_that_are_written(trained, tm
     assert run("predict.py", best, photo, "--probabilities", "--views", 8, "--out", tmp_path).returncode == 0
     seen = pixels(tmp_path / "p0_probabilities.png") / 255
     assert np.abs(seen - segment(model, read_photo(photo))[-1][1].numpy()).max() < 0.51 / 255 < abs(seen - want).max()
+    shutil.copy(photo, other := tmp_path / "in_p0_probabilities.png"), shutil.copy(photo, tmp_path / "in_p0.png")
+    done = run("predict.py", best, tmp_path / "in_p0.png", other, "--probabilities", "--out", tmp_path / "out")
+    assert done.returncode == 1 and "in_p0_probabilities.png: is an input or another input's output" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["dru", "dru of 8 views", "sru", "unet-b", "rec-simple", "rec-middle", "rec-last"])
