@@ -62,6 +62,8 @@ def read_matching(path, parts=PARTS, net=None):
     """A checkpoint and its network, or `net`, filled with the running mean. Shapes are compared on the meta device
     before any memory is taken: a small file cannot ask for gigabytes."""
     content = read_checkpoint(path, parts)
+    if not net and content["network"].get("name") == "":
+        raise ValueError(f"{path}: holds a network of your own; evaluate.load takes it as `net`")
     with one_sentence(path):
         network, weights, own = content["network"], content["ema"], net
         with torch.device("meta"):

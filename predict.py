@@ -169,7 +169,7 @@ def main():
     cli.add_argument("--threshold", type=float, metavar="T", help="of two classes, the foreground's least probability")
     cli.add_argument("--views", type=int, choices=[1, 2, 8], help="2 adds a mirror image, 8 all turns [as trained]")
     cli.add_argument("--export", type=Path, metavar="FILE", help="write the network as ONNX; no photos then")
-    args = cli.parse_args()
+    args = cli.parse_intermixed_args()  # flags may stand among the photos
     if bool(args.inputs) == bool(args.export):
         cli.error("name photos or folders, or --export FILE, and not both")
     if args.export and (args.frames or args.probabilities or args.threshold is not None):

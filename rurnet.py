@@ -201,6 +201,7 @@ class RecurrentUNet(nn.Module):
     def step(self, image, state):
         """One pass, eqs. (1)-(6): image and state (p, h) -> logits (B, K, H, W) and the next state.
         For a video, feed each frame with the state of the last. To change the recurrence, override this method."""
+        check_image(image, self)
         p, h = state
         if (p.shape, h.shape) != (wanted := self.state_shapes(image)):
             got = tuple(p.shape), tuple(h.shape)
@@ -233,6 +234,8 @@ def recurrent_loss(masks, truth, alpha, pixels=None, dice=0.0):
     """
     if isinstance(masks, torch.Tensor):
         raise ValueError(f"masks is a tensor {tuple(masks.shape)}; it must be a list of logits, one for each pass")
+    if (truth.dtype, truth.shape) != (torch.int64, wanted := masks[0][:, 0].shape):
+        raise ValueError(f"truth is {truth.dtype} {tuple(truth.shape)}; it must be class ids, int64 {tuple(wanted)}")
     counted = (truth != VOID).sum()
     pixels = counted if pixels is None else pixels
     pixels = torch.as_tensor(pixels).clamp(min=1)  # a crop may be void everywhere; its loss is then 0, not 0/0

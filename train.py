@@ -103,15 +103,15 @@ def parse(argv=None):
     return Config(**saved | {"out": c.out} | typed)
 
 
-def train(c, net=None, folder=None, criterion=None):
-    """Train by a Config and write best.pt and last.pt into its --out; return what `data.survey` finds in c.data, or
+def train(config, net=None, folder=None, criterion=None):
+    """Train by a Config and write best.pt and last.pt into its --out; return what `data.survey` finds in its data, or
     `folder`. `net` is a network of your own, which `evaluate.load` then needs too; `criterion` is described in
     paper/README.md."""
     device = processes.join()
-    with processes.exclusive(Path(c.out), c.resume):
-        folder = folder or survey(c.data, c.void)
-        criterion = criterion or (lambda *batch: recurrent_loss(*batch, dice=c.dice))
-        learn(c, net, folder, criterion, device, Path(c.out), *processes.rank_and_world())
+    with processes.exclusive(Path(config.out), config.resume):
+        folder = folder or survey(config.data, config.void)
+        criterion = criterion or (lambda *batch: recurrent_loss(*batch, dice=config.dice))
+        learn(config, net, folder, criterion, device, Path(config.out), *processes.rank_and_world())
     return folder
 
 

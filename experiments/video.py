@@ -227,7 +227,7 @@ def draw_strip(root):
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     torch.set_num_threads(1)
     keep_memory()

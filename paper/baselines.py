@@ -4,19 +4,8 @@
     net = build("dru-vgg16", classes=2, weights="vgg16.pth")
     masks = net(image, passes=3)      # a list of logits (B, K, H, W); of length one without recurrence
 
-    name                              what it is                                                          parameters
-    unet-b, unet-g                    one pass, batch or group norm                                          486,562
-    rec-simple                        the mask alone is fed back                                             486,706
-    rec-middle                        a convolutional GRU for a bottleneck; encoder once                     339,362
-    rec-last                          a convolutional GRU after the whole U-Net                              486,994
-    sru, dru                          rurnet.RecurrentUNet, with level, width and hidden           290,354, 364,338
-    unet-vgg16, dru-vgg16             encoder VGG-16                                           32.94 and 42.65 million
-    unet-resnet50, dru-resnet50       encoder ResNet-50                                        53.90 and 57.58 million
-    deeplabv3plus                     ResNet-50 at output stride 16, dilated convolutions               40.35 million
-    refinenet                         ResNet-101, multi-resolution fusion, chained pooling             104.45 million
-
-`weights` names torchvision's file for the encoder (VGG-16, ResNet-50, ResNet-101), trained on ImageNet.
-To add a system, write its class and name it in SYSTEMS.
+README.md beside this file describes each name. `weights` names torchvision's file for the encoder (VGG-16, ResNet-50,
+ResNet-101), trained on ImageNet. To add a system, write its class and name it in SYSTEMS.
 """
 
 import inspect

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
@@ -22,7 +23,7 @@ def open_picture(path, small=False):
     """The picture, upright: `turn` is its EXIF tag, `whole` its size, `pages` how many it has. A `small` JPEG is
     decoded at an eighth of that size. ValueError names a file that cannot be read."""
     try:
-        if not path.is_file():
+        if not Path(path).is_file():
             raise ValueError("not a file")  # reading a named pipe would wait forever
         picture = Image.open(path, formats=FORMATS)
         if picture.mode == "F":

@@ -87,7 +87,7 @@ def test_photos_of_every_kind_read_alike(tmp_path):
     for ending in "jpg", "tif", "webp":
         save_turned(photo, tmp_path / f"turned.{ending}", quality=100, lossless=True)
     for path in tmp_path.iterdir():
-        np.testing.assert_allclose(np.asarray(read_photo(path), int), pixels, atol=1, err_msg=path.name)
+        np.testing.assert_allclose(np.asarray(read_photo(str(path)), int), pixels, atol=1, err_msg=path.name)
     Image.fromarray(pixels[..., 0].astype(np.int32) * 70_000).save(tmp_path / "deep.tif")
     with pytest.raises(ValueError, match="deep.tif: cannot be read as a picture .more than 16 bits"):
         read_photo(tmp_path / "deep.tif")

@@ -60,6 +60,7 @@ CHECKPOINTS = {  # how it is made from a good one: words of the sentence
     "a list": (lambda best, out: torch.save([1, 2], out), "it lacks classes, ema"),
     "the first edition's": (lambda best, out: torch.save({"net": {}, "config": {}}, out), "of the first edition"),
     "of other classes": (new(classes=5), WHAT + "(size mismatch for"),
+    "of a network of one's own": (new(network=network("")), "holds a network of your own; evaluate.load takes it"),
     "of no system": (new(network=network("segnet")), WHAT + "(there is no system 'segnet'"),
     "of a level in words": (new(network=network(level="4")), WHAT + "(level is '4'"),
     "seen never": (new(input={"size": 16, "passes": 0, "views": 1}), WHAT + "(size 16, passes 0"),
@@ -250,7 +251,7 @@ def test_a_threshold_chooses_from_the_probabilities_that_are_written(trained, tm
     seen = pixels(tmp_path / "p0_probabilities.png") / 255
     assert np.abs(seen - segment(model, read_photo(photo))[-1][1].numpy()).max() < 0.51 / 255 < abs(seen - want).max()
     shutil.copy(photo, other := tmp_path / "in_p0_probabilities.png"), shutil.copy(photo, tmp_path / "in_p0.png")
-    done = run("predict.py", best, tmp_path / "in_p0.png", other, "--probabilities", "--out", tmp_path / "out")
+    done = run("predict.py", best, tmp_path / "in_p0.png", "--probabilities", "--out", tmp_path / "out", other)
     assert done.returncode == 1 and "in_p0_probabilities.png: is an input or another input's output" in done.stderr
 
 
