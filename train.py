@@ -90,6 +90,7 @@ def parse(argv=None):
     path = Path(c.start or c.evaluate or f"{c.out}/last.pt")
     content = read_checkpoint(path)
     with one_sentence(path):
+        content.get("config", {}).pop("recompute", None)  # a flag that is gone
         saved = asdict(Config(**content.get("config", {}))) | {"start": "", "resume": False}
     fixed = saved.keys() - {"data", "out", "workers", "start", "resume", "evaluate"}
     if c.start:

@@ -174,6 +174,10 @@ def test_flags_override_the_checkpoint_which_overrides_the_defaults(trained, pho
     assert parse(["--out", str(out), "--resume", "--workers", "3"]) == tiny(photos, out, workers=3, resume=True)
     begun = Config("other/", width=4, size=16, lr=0.1, start=best)
     assert parse(["--data", "other/", "--start", best, "--lr", "0.1"]) == begun
+    old = read_checkpoint(best)
+    old["config"]["recompute"] = 1  # a flag that is gone
+    save(tmp_path / "old.pt", old)
+    assert parse(["--data", "other/", "--evaluate", f"{tmp_path}/old.pt"]).width == 4
     assert parse([]) == Config() and Config(data="a/b/").out == "runs/b"
 
 
