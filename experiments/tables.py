@@ -130,7 +130,7 @@ def long_table():
     lead = lambda data, system: shown(lead_of(data, "DRU(4)", system)) if system != "DRU(4)" else ""
     lines = [[system, parameters_of(system, "long.csv"), *(cell for data in NAMED for cell in (
               shown(spread(scores_of(data, system, 3, "long.csv"))), lead(data, system)))]
-             for system in systems]  # fmt: skip
+             for system in sorted(systems, key=lambda system: (system[0] == "D", "," in system))]  # fmt: skip
     heads = [head for name in NAMED.values() for head in (name, "DRU(4) above it, points")]
     return markdown(["", "parameters", *heads], lines)
 
