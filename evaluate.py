@@ -1,5 +1,6 @@
 """From a checkpoint to a network, from a network to masks, from masks to scores: one path for training and prediction.
 
+    from support.pictures import read_photo
     model = load("runs/hands/best.pt")
     masks = segment(model, read_photo("photo.jpg"))    # probabilities (K, H, W) after each pass
 
@@ -81,7 +82,7 @@ def read_matching(path, parts=PARTS, net=None):
 def load(path, device=torch.device("cpu"), net=None):
     """The Segmenter of a checkpoint, with the running mean of the weights; its attribute `classes` is K. `net` is
     needed where paper.baselines cannot build the network. ValueError says what is wrong with the file."""
-    content, net = read_matching(path, net=net)
+    content, net, device = *read_matching(path, net=net), torch.device(device)
     with one_sentence(path):
         model = Segmenter(replayed(for_device(net, device), device), **content["input"]).eval()
         model.classes = content["classes"]

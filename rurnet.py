@@ -159,7 +159,7 @@ UNITS = {"dru": DRU, "sru": SRU}
 class RecurrentUNet(nn.Module):
     """A U-Net whose part below the l-th pooling is a recurrent unit, run several times over one image.
 
-    classes          K, at least 2; the background is one of them
+    classes          K, at least 2 with the background; they are fed back, so a new head alone cannot change them
     unit, level      "dru" or "sru"; l from 0 (the unit is the whole U-Net) to 4 (the bottleneck alone)
     width, hidden    channels at level 0, doubled by every pooling; channels of h, at most those of its level
     passes           N, how often `forward` looks at each image by default
@@ -192,7 +192,8 @@ class RecurrentUNet(nn.Module):
         """The state before pass 1: probabilities p (B, K, H, W) and h, all zero. Later p sum to one in every
         pixel, so the network can recognise the first pass."""
         check_image(image, self)
-        return tuple(self.head.weight.new_zeros(shape, device=image.device) for shape in self.state_shapes(image))
+        weight = next(self.parameters())
+        return tuple(weight.new_zeros(shape, device=image.device) for shape in self.state_shapes(image))
 
     def state_shapes(self, image):
         b, _, *size = image.shape
@@ -200,7 +201,8 @@ class RecurrentUNet(nn.Module):
 
     def step(self, image, state):
         """One pass, eqs. (1)-(6): image and state (p, h) -> logits (B, K, H, W) and the next state.
-        For a video, feed each frame with the state of the last. To change the recurrence, override this method."""
+        For a video, feed each frame with the state of the last, under no_grad or detached: a state keeps its graph.
+        To change the recurrence, override this method."""
         check_image(image, self)
         p, h = state
         if (p.shape, h.shape) != (wanted := self.state_shapes(image)):
@@ -229,13 +231,14 @@ def recurrent_loss(masks, truth, alpha, pixels=None, dice=0.0):
 
     masks     logits (B, K, H, W) of N passes
     truth     class ids (B, H, W), int64; VOID does not count
-    pixels    divide by this number, where processes share a batch; by default the pixels of truth that count
+    pixels    divide by this number, where processes or steps share a batch; by default the pixels of truth that count
     dice      beside each CE stands this times 1 - Dice of the foreground, which weighs large and small alike
     """
     if isinstance(masks, torch.Tensor):
         raise ValueError(f"masks is a tensor {tuple(masks.shape)}; it must be a list of logits, one for each pass")
     if (truth.dtype, truth.shape) != (torch.int64, wanted := masks[0][:, 0].shape):
         raise ValueError(f"truth is {truth.dtype} {tuple(truth.shape)}; it must be class ids, int64 {tuple(wanted)}")
+    masks = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in masks]  # sums pass half precision's 65504
     counted = (truth != VOID).sum()
     pixels = counted if pixels is None else pixels
     pixels = torch.as_tensor(pixels).clamp(min=1)  # a crop may be void everywhere; its loss is then 0, not 0/0
@@ -248,15 +251,15 @@ def recurrent_loss(masks, truth, alpha, pixels=None, dice=0.0):
 def soft_dice(s, truth):
     """2 |P and Y| / (|P| + |Y|) over a batch; P is the probability of any class but 0, Y the pixels of such classes."""
     counted = truth != VOID
-    p, foreground = (1 - s.float().softmax(1)[:, 0]) * counted, counted & (truth > 0)
+    p, foreground = (1 - s.softmax(1)[:, 0]) * counted, counted & (truth > 0)
     return (2 * (p * foreground).sum() + 1) / (p.sum() + foreground.sum() + 1)  # the ones: 1 where both are empty
 
 
 class LastPass(nn.Module):
     """A RecurrentUNet for training: net(image, n) is pass n alone, [(B, K, H, W)]; passes 1 to n - 1 only run forward.
 
-    With n drawn by the weights of eq. (7), the mean of the loss is (7), but for a factor. The gradient stays within
-    pass n, and so does the memory.
+    With n drawn by the weights of eq. (7), as random.choices([1, 2, 3], [0.16, 0.4, 1])[0], the mean of the loss is
+    (7), but for a factor. The gradient stays within pass n, and so does the memory.
     """
 
     def __init__(self, net):
@@ -264,6 +267,7 @@ class LastPass(nn.Module):
         self.net = net
 
     def forward(self, image, n):
+        check_counts(n=n)
         state = self.net.start(image)
         with torch.no_grad():
             for _ in range(n - 1):
@@ -291,7 +295,7 @@ def count_passes(net, passes):
 
 
 def check_image(image, net):
-    weight, wanted = net.head.weight, f"(B, {net.image_channels}, H, W) with H and W at least 16"
+    weight, wanted = next(net.parameters()), f"(B, {net.image_channels}, H, W) with H and W at least 16"
     if image.dim() != 4 or image.shape[1] != net.image_channels or min(image.shape[2:]) < 16:
         hint = "; image[None] makes a batch of one" if image.dim() == 3 else ""
         raise ValueError(f"the image is {tuple(image.shape)}; it must be {wanted}{hint}")

@@ -24,7 +24,7 @@ def test_a_checkpoint_describes_its_own_network(tmp_path, monkeypatch):
     path, options = tmp_path / "it.pt", {"level": 2, "width": 4}
     want = write_checkpoint(path, "sru", classes=3, size=20, passes=4, views=2, **options).state_dict()
     monkeypatch.setitem(sys.modules, "train", None)  # importing it now fails
-    for model in load(path), load(path, net=build("sru", 3, **options)):
+    for model in load(path, "cpu"), load(path, net=build("sru", 3, **options)):
         assert (model.classes, model.size, model.passes, model.views) == (3, 20, 4, 2) and not model.training
         got = model.net.state_dict()  # the running mean, not the weights of the last step
         assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)

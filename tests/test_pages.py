@@ -78,6 +78,13 @@ def test_tutorial_quotes_the_code_and_the_code_cites_its_equations():
     assert len(cited) > 10 and set(re.findall(r"\d+", " ".join(cited))) <= set(tags)
 
 
+def test_readme_shows_code_that_runs(monkeypatch):
+    monkeypatch.chdir(HERE)
+    exec(re.search("^```python\n(.*?)^```$", TEXT["README.md"], re.M | re.S)[1], names := {})
+    assert [tuple(names[name].shape) for name in ("ids", "s")] == [(1, 128, 170), (1, 2, 128, 170)]
+    assert names["loss"].requires_grad and not names["s"].requires_grad
+
+
 def test_the_map_leads_to_lines_and_tests_that_exist():
     lines = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", TEXT["tutorial.md"])
     for name, file, line in lines:
