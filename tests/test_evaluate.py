@@ -60,7 +60,7 @@ def test_another_architecture_and_a_photo_too_long_are_refused(tmp_path):
         Segmenter(model.net, 512, 1, 1).to_input(Image.new("L", (16, 40000)))
 
 
-@pytest.mark.parametrize("name, data, system", [("drive", "DRIVE", "DRU(4), 3 x steps"), ("roads", "roads", "U-Net-G")])
+@pytest.mark.parametrize("name, data, system", [("drive", "DRIVE", "DRU(4), 5 x steps"), ("roads", "roads", "U-Net-G")])
 def test_weights_are_those_of_the_card_and_of_the_long_runs(name, data, system):
     path, card = HERE / f"weights/{name}.pt", (HERE / "weights/README.md").read_text(encoding="utf-8")
     content, section = read_checkpoint(path), card.partition(f"## {name}.pt")[2].partition("##")[0]
