@@ -40,6 +40,7 @@ SYSTEMS = {  # seeds; epochs in the same time, as a multiple; crops on DRIVE; mo
     "U-Net-G, 3 x steps": (1, 4.5, SMALL, dict(model="unet-g")),
     "DRU(4), 3 x steps": (1, 3, LARGE, {}),
     "DRU(4), 5 x steps": (1, 2, LARGE, dict(lr=2e-3, start="weights/drive.pt")),  # that of commit a101bba
+    "DRU(4), 6 x steps": (1, 1, LARGE, dict(lr=2e-3, start="weights/drive.pt")),  # that of commit 668ffca
     "DRU(4), half the rate": (3, 1, LARGE, dict(lr=2e-3)),
     "U-Net-G, half the rate": (3, 1.5, SMALL, dict(model="unet-g", lr=2e-3)),
     "U-Net-G, other crops": (1, 1.5, LARGE, dict(model="unet-g")),
@@ -66,8 +67,8 @@ class Run:
 def all_runs():
     """The two that the question is about come first, then both for longer, then on roads, then at half the rate."""
     names = list(SYSTEMS)
-    groups = [(names[:2], ("DRIVE", "hgr")), (names[2:5], ("DRIVE",)), (names[:2], ("roads",))]
-    groups += [(names[5:7], ("roads", "hgr")), (names[5:7], ("DRIVE",)), *(([name], DATA) for name in names[7:])]
+    groups = [(names[:2], ("DRIVE", "hgr")), (names[2:6], ("DRIVE",)), (names[:2], ("roads",))]
+    groups += [(names[6:8], ("roads", "hgr")), (names[6:8], ("DRIVE",)), *(([name], DATA) for name in names[8:])]
     for systems, sets in groups:
         for seed, data, system in itertools.product(range(3), sets, systems):
             seeds, times, crops, flags = SYSTEMS[system]
