@@ -34,21 +34,22 @@ DATA = {  # what the systems have in common
 }
 SMALL, LARGE = dict(crop=160), dict(crop=320, batch=2)  # a step sees as many pixels
 EPOCHS = {"DRIVE": 44, "hgr": 40, "roads": 50}  # of DRU(4) at eight crops a step
-SYSTEMS = {  # seeds; epochs in the same time, as a multiple; crops on DRIVE; more
-    "U-Net-G": (3, 1.5, SMALL, dict(model="unet-g")),
-    "DRU(4)": (3, 1, LARGE, {}),
-    "U-Net-G, 3 x steps": (1, 4.5, SMALL, dict(model="unet-g")),
-    "DRU(4), 3 x steps": (1, 3, LARGE, {}),
-    "DRU(4), 5 x steps": (1, 2, LARGE, dict(lr=2e-3, start="weights/drive.pt")),  # that of commit a101bba
-    "DRU(4), 6 x steps": (1, 1, LARGE, dict(lr=2e-3, start="weights/drive.pt")),  # that of commit 668ffca
-    "DRU(4), half the rate": (3, 1, LARGE, dict(lr=2e-3)),
-    "U-Net-G, half the rate": (3, 1.5, SMALL, dict(model="unet-g", lr=2e-3)),
-    "U-Net-G, other crops": (1, 1.5, LARGE, dict(model="unet-g")),
-    "DRU(4), other crops": (1, 1, SMALL, {}),
-    "DRU(4), even draw": (1, 1, LARGE, dict(alpha=1.0)),
-    "DRU(4), all passes": (1, 0.5, LARGE, dict(teach="all")),
-    "DRU(4), one pass": (1, 1.4, LARGE, dict(passes=1)),
-    "U-Net-G, width 7": (1, 1.7, SMALL, dict(model="unet-g", width=7)),
+SYSTEMS = {  # sets; seeds; epochs in the same time, as a multiple; crops on DRIVE; more
+    "U-Net-G": (DATA, 3, 1.5, SMALL, dict(model="unet-g")),
+    "DRU(4)": (DATA, 3, 1, LARGE, {}),
+    "SRU(0)": (["roads"], 1, 0.5, SMALL, dict(model="sru", level=0)),
+    "DRU(4), one pass": (DATA, 1, 1.4, LARGE, dict(passes=1)),
+    "U-Net-G, width 7": (DATA, 1, 1.7, SMALL, dict(model="unet-g", width=7)),
+    "DRU(4), all passes": (DATA, 1, 0.5, LARGE, dict(teach="all")),
+    "U-Net-G, 3 x steps": (["DRIVE"], 1, 4.5, SMALL, dict(model="unet-g")),
+    "DRU(4), 3 x steps": (["DRIVE"], 1, 3, LARGE, {}),
+    "DRU(4), 5 x steps": (["DRIVE"], 1, 2, LARGE, dict(lr=2e-3, start="weights/drive.pt")),  # that of commit a101bba
+    "DRU(4), 6 x steps": (["DRIVE"], 1, 1, LARGE, dict(lr=2e-3, start="weights/drive.pt")),  # that of commit 668ffca
+    "U-Net-G, half the rate": (DATA, 3, 1.5, SMALL, dict(model="unet-g", lr=2e-3)),
+    "DRU(4), half the rate": (DATA, 3, 1, LARGE, dict(lr=2e-3)),
+    "U-Net-G, other crops": (["DRIVE"], 1, 1.5, LARGE, dict(model="unet-g")),
+    "DRU(4), other crops": (["DRIVE"], 1, 1, SMALL, {}),
+    "DRU(4), even draw": (DATA, 1, 1, LARGE, dict(alpha=1.0)),
 }
 
 
@@ -65,19 +66,13 @@ class Run:
 
 
 def all_runs():
-    """The two that the question is about come first, then both for longer, then on roads, then at half the rate."""
-    names = list(SYSTEMS)
-    groups = [(names[:2], ("DRIVE", "hgr")), (names[2:6], ("DRIVE",)), (names[:2], ("roads",))]
-    groups += [(names[6:8], ("roads", "hgr")), (names[6:8], ("DRIVE",)), *(([name], DATA) for name in names[8:])]
-    for systems, sets in groups:
-        for seed, data, system in itertools.product(range(3), sets, systems):
-            seeds, times, crops, flags = SYSTEMS[system]
-            if seed < seeds and (data == "DRIVE" or not system.endswith("other crops")):
-                crops = {"DRIVE": crops, "hgr": {}, "roads": SMALL}[data]
-                epochs = round(EPOCHS[data] * times * crops.get("batch", 8) / 8)
-                out = "runs/evidence/" + re.sub(r"\W+", "_", f"{data}, {system}, seed {seed}")
-                config = train.Config(data=data, seed=seed, out=out, epochs=epochs, **DATA[data], **crops, **flags)
-                yield Run(data, system, seed, config)
+    for system, (sets, seeds, times, crops, flags) in SYSTEMS.items():
+        for seed, data in itertools.product(range(seeds), sets):
+            here = {"DRIVE": crops, "hgr": {}, "roads": SMALL}[data]
+            epochs = round(EPOCHS[data] * times * here.get("batch", 8) / 8)
+            out = "runs/evidence/" + re.sub(r"\W+", "_", f"{data}, {system}, seed {seed}")
+            config = train.Config(data=data, seed=seed, out=out, epochs=epochs, **DATA[data], **here, **flags)
+            yield Run(data, system, seed, config)
 
 
 def command_of(run):
