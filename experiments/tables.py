@@ -77,9 +77,9 @@ def parameters_of(system, file="evidence.csv"):
     return f"{max(sizes):,}" if sizes else "awaited"
 
 
-def counts_of(data, system):
+def counts_of(data, system, seeds="012"):
     """TP, FP and FN of the last pass: (seeds, photos, 3)."""
-    photos = [row["photos"].split() for row in runs_of(data, system, "long.csv")]
+    photos = [row["photos"].split() for row in runs_of(data, system, "long.csv") if row["seed"] in seeds]
     return np.array([[photo.split("/") for photo in of_seed] for of_seed in photos], int)
 
 
@@ -90,23 +90,27 @@ def units_of(data, photos):
     return [[i for i, person in enumerate(people) if person == one] for one in dict.fromkeys(people)]
 
 
-def lead_of(data, system, over, resamples=10_000):
+def lead_of(data, system, over, seeds="012", resamples=10_000):
     """By how much one system's score is above another's, with the 95 % interval of a bootstrap: photos (on HGR people)
     are drawn with replacement, the same for both, and each system's seeds."""
-    ours, theirs = counts_of(data, system), counts_of(data, over)
+    ours, theirs = (counts_of(data, name, seeds) for name in (system, over))
     if not len(ours) or not len(theirs):
         return "awaited"
     rng, weight = np.random.default_rng(0), 2 if NAMED[data].endswith("F1") else 1
+    units = units_of(data, ours.shape[1])
+    times = rng.multinomial(len(units), [1 / len(units)] * len(units), resamples)  # how often each is drawn
 
-    def score(counts):
-        hit, false, missed = counts.sum(1).T
-        return (weight * hit / (weight * hit + false + missed)).mean()
+    def score(counts, times):
+        """(seeds, photos, 3), (draws, units) -> (draws, seeds)."""
+        hit, false, missed = (times @ np.stack([counts[:, unit].sum(1) for unit in units], 1)).T
+        return weight * hit / (weight * hit + false + missed)
 
-    units, draw, found = units_of(data, ours.shape[1]), lambda n: rng.integers(n, size=n), []
-    for _ in range(resamples):
-        photos = sum((units[k] for k in draw(len(units))), [])
-        found.append(score(ours[draw(len(ours))][:, photos]) - score(theirs[draw(len(theirs))][:, photos]))
-    lead, ends = score(ours) - score(theirs), np.percentile(found, [2.5, 97.5])
+    def drawn(counts):
+        scores = score(counts, times)
+        return np.take_along_axis(scores, rng.integers(scores.shape[1], size=scores.shape), 1).mean(1)
+
+    lead = np.subtract(*(score(counts, np.ones((1, len(units)), int)).mean() for counts in (ours, theirs)))
+    ends = np.percentile(drawn(ours) - drawn(theirs), [2.5, 97.5])
     seeds = {1: ", one seed", 2: ", 2 seeds"}.get(min(len(ours), len(theirs)), "")
     return f"{100 * lead:+.1f} ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f}{seeds})"
 
@@ -124,15 +128,36 @@ def finding_table():
 
 
 def long_table():
-    """Every system of the long runs: the last pass, and how far DRU(4) is above it."""
-    systems = dict.fromkeys(row["system"] for row in read_rows("long.csv"))
-    shown = lambda cell: cell.replace("awaited", "")  # not all systems are trained on all sets
-    lead = lambda data, system: shown(lead_of(data, "DRU(4)", system)) if system != "DRU(4)" else ""
+    """The systems that have three seeds on every set: the last pass, and how far DRU(4) is above them."""
+    lead = lambda data, system: lead_of(data, "DRU(4)", system) if system != "DRU(4)" else ""
     lines = [[system, parameters_of(system, "long.csv"), *(cell for data in NAMED for cell in (
-              shown(spread(scores_of(data, system, 3, "long.csv"))), lead(data, system)))]
-             for system in sorted(systems, key=lambda system: (system[0] == "D", "," in system))]  # fmt: skip
+              spread(scores_of(data, system, 3, "long.csv")), lead(data, system)))]
+             for system in systems_of_long_runs(True)]  # fmt: skip
     heads = [head for name in NAMED.values() for head in (name, "DRU(4) above it, points")]
     return markdown(["", "parameters", *heads], lines)
+
+
+def seed_table():
+    """Seed 0 of the others, and how far it is above U-Net-G or, of recurrent ones, above DRU(4) of the same seed."""
+    lines = []
+    for system in ["U-Net-G", "DRU(4)", *systems_of_long_runs(False)]:
+        base, line = "U-Net-G" if system.startswith("U-Net") else "DRU(4)", [system, parameters_of(system, "long.csv")]
+        for data in NAMED:
+            seed = next((row["seed"] for row in runs_of(data, system, "long.csv")), None)
+            score = f"{scores_of(data, system, 3, 'long.csv')[0]:.3f}" if seed else ""
+            named = f", seed {seed}" * (seed != "0")
+            lead = lead_of(data, system, base, seed).replace(", one seed", named) if seed and system != base else ""
+            line += [score, lead]
+        lines.append(line)
+    heads = [head for name in NAMED.values() for head in (name, "points above")]
+    return markdown(["seed 0", "parameters", *heads], lines)
+
+
+def systems_of_long_runs(everywhere):
+    """Those that have three seeds on every set, or the others; the plain U-Net's kin first."""
+    systems = sorted(dict.fromkeys(row["system"] for row in read_rows("long.csv")), key=lambda name: name[0] != "U")
+    seeds = lambda name: min(len(runs_of(data, name, "long.csv")) for data in NAMED)
+    return [name for name in systems if (seeds(name) == 3) == everywhere]
 
 
 def short_table():
@@ -235,7 +260,7 @@ def traffic_table():
     return "\n".join(["```text", *(read_result("traffic.txt") or ["awaited"]), "```"])
 
 
-MAKERS = (finding_table, long_table, short_table, diagnosis_table, changes_table, rare_table, systems_table,
+MAKERS = (finding_table, long_table, seed_table, short_table, diagnosis_table, changes_table, rare_table, systems_table,
           infer_table, train_table, video_table, traffic_table)  # fmt: skip
 MAKE = {maker.__name__.removesuffix("_table"): maker for maker in MAKERS}
 
