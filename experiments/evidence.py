@@ -40,7 +40,7 @@ SYSTEMS = {  # sets; seeds; epochs in the same time, as a multiple; crops on DRI
     "DRU(4)": (DATA, range(3), 1, LARGE, {}),
     "U-Net-G, 5 x steps": (["DRIVE"], [0], 7.5, SMALL, dict(model="unet-g")),
     "SRU(0)": (["roads"], [0], 0.5, SMALL, dict(model="sru", level=0)),
-    "DRU(4), one pass": (DATA, [0], 1.4, LARGE, dict(passes=1)),
+    "DRU(4), one pass": (DATA, range(3), 1.4, LARGE, dict(passes=1)),
     "DRU(4), 2 x steps": (["roads"], [2], 1, SMALL, dict(lr=2e-3, start=ROADS.format("DRU_4"))),
     "U-Net-G, 2 x steps": (["roads"], [2], 1.5, SMALL, dict(model="unet-g", lr=2e-3, start=ROADS.format("U_Net_G"))),
     "U-Net-G, width 7": (DATA, [0], 1.7, SMALL, dict(model="unet-g", width=7)),
