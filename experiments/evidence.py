@@ -34,15 +34,16 @@ DATA = {  # what the systems have in common
 }
 SMALL, LARGE = dict(crop=160), dict(crop=320, batch=2)  # a step sees as many pixels
 EPOCHS = {"DRIVE": 44, "hgr": 40, "roads": 50}  # of DRU(4) at eight crops a step
-ROADS = "runs/evidence/roads_{}_seed_2/best.pt"
+BEST = "runs/evidence/{data}_%s_seed_{seed}/best.pt"
 SYSTEMS = {  # sets; seeds; epochs in the same time, as a multiple; crops on DRIVE; more
     "U-Net-G": (DATA, range(3), 1.5, SMALL, dict(model="unet-g")),
     "DRU(4)": (DATA, range(3), 1, LARGE, {}),
     "U-Net-G, 5 x steps": (["DRIVE"], [0], 7.5, SMALL, dict(model="unet-g")),
+    "DRU(4), one pass first": (["roads", "hgr", "DRIVE"], [0], 0.5, LARGE, dict(lr=2e-3, start=BEST % "DRU_4_one_pass")),
     "SRU(0)": (["roads"], [0], 0.5, SMALL, dict(model="sru", level=0)),
     "DRU(4), one pass": (DATA, range(3), 1.4, LARGE, dict(passes=1)),
-    "DRU(4), 2 x steps": (["roads"], [2], 1, SMALL, dict(lr=2e-3, start=ROADS.format("DRU_4"))),
-    "U-Net-G, 2 x steps": (["roads"], [2], 1.5, SMALL, dict(model="unet-g", lr=2e-3, start=ROADS.format("U_Net_G"))),
+    "DRU(4), 2 x steps": (["roads"], [2], 1, SMALL, dict(lr=2e-3, start=BEST % "DRU_4")),
+    "U-Net-G, 2 x steps": (["roads"], [2], 1.5, SMALL, dict(model="unet-g", lr=2e-3, start=BEST % "U_Net_G")),
     "U-Net-G, width 7": (DATA, [0], 1.7, SMALL, dict(model="unet-g", width=7)),
     "DRU(4), all passes": (DATA, [0], 0.5, LARGE, dict(teach="all")),
     "U-Net-G, 3 x steps": (["DRIVE"], [0], 4.5, SMALL, dict(model="unet-g")),
@@ -76,7 +77,7 @@ def all_runs():
             epochs = round(EPOCHS[data] * times * here.get("batch", 8) / 8)
             out = "runs/evidence/" + re.sub(r"\W+", "_", f"{data}, {system}, seed {seed}")
             config = train.Config(data=data, seed=seed, out=out, epochs=epochs, **DATA[data], **here, **flags)
-            yield Run(data, system, seed, config)
+            yield Run(data, system, seed, replace(config, start=config.start.format(data=data, seed=seed)))
 
 
 def command_of(run):

@@ -138,16 +138,16 @@ def long_table():
 
 
 def seed_table():
-    """Seed 0 of the others, and how far it is above U-Net-G or, of recurrent ones, above DRU(4) of the same seed."""
+    """The others, mostly with one seed, and how far they are above U-Net-G or, the recurrent ones, above DRU(4)."""
     lines = []
     for system in ["U-Net-G", "DRU(4)", *systems_of_long_runs(False)]:
         base, line = "U-Net-G" if system.startswith("U-Net") else "DRU(4)", [system, parameters_of(system, "long.csv")]
         for data in NAMED:
-            seed = next((row["seed"] for row in runs_of(data, system, "long.csv")), None)
-            score = f"{scores_of(data, system, 3, 'long.csv')[0]:.3f}" if seed else ""
-            named = f", seed {seed}" * (seed != "0")
-            lead = lead_of(data, system, base, seed).replace(", one seed", named) if seed and system != base else ""
-            line += [score, lead]
+            seeds = "0" if system == base else "".join(row["seed"] for row in runs_of(data, system, "long.csv"))
+            named = f", seed {seeds}" * (seeds != "0")
+            lead = lead_of(data, system, base, seeds).replace(", one seed", named) if seeds and system != base else ""
+            found = scores_of(data, system, 3, "long.csv")[: len(seeds)]
+            line += [spread(found).removesuffix(" (one seed)") if seeds else "", lead]
         lines.append(line)
     heads = [head for name in NAMED.values() for head in (name, "points above")]
     return markdown(["seed 0", "parameters", *heads], lines)

@@ -183,7 +183,7 @@ def test_evidence_commands_are_what_runs():
     runs = list(evidence.all_runs())
     rows = [row for row in tables.read_rows("long.csv") if row["data"] in evidence.DATA]  # roads had others before
     done = {(row["data"], row["system"], row["seed"]) for row in rows}
-    assert len({r.key for r in runs}) == len(runs) == len({r.config.out for r in runs}) == 5 * 3 * 3 + 3 * 3 + 10
+    assert len({r.key for r in runs}) == len(runs) == len({r.config.out for r in runs}) == 5 * 3 * 3 + 3 * 3 + 13
     views = {(data, "U-Net-G, three views", s) for data in evidence.DATA for s in "012"}
     longer = {(r.data, f"{r.system}, eight views", "0") for r in runs if r.system.endswith(" x steps")}
     assert done <= {r.key for r in runs} | views | longer
