@@ -188,7 +188,7 @@ def test_evidence_commands_are_what_runs(monkeypatch):
     longer = {(r.data, f"{r.system}, eight views", str(r.seed)) for r in runs if r.system.endswith(" x steps")}
     assert done <= {r.key for r in runs} | views | longer
     for r in runs:
-        before = {name: getattr(r.config, name) for name in ("model", "level", "size", "crop")}  # of what it starts from
+        before = {name: getattr(r.config, name) for name in ("model", "level", "size", "crop")}  # of its start
         monkeypatch.setattr(train, "read_checkpoint", lambda path: {"config": before})
         assert train.parse(evidence.command_of(r).split()[2:]) == r.config
 
