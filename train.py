@@ -50,7 +50,7 @@ class Config:
     width: int = knob(8, "channels at level 0", (1, 1024))
     hidden: int = knob(16, "channels of the hidden state", (1, 1024))
     passes: int = knob(3, "N, how often the network sees each photo", (1, 1000))
-    teach: str = knob("one", "a step teaches one drawn pass or all (rec-*: always all)", choices=["one", "all", "grow"])
+    teach: str = knob("one", "a step teaches one drawn pass or all (rec-*: always all)", choices=["one", "all", "late"])
     alpha: float = knob(0.4, "alpha**(N - t) is how often pass t is drawn, or with --teach all its weight", (1e-6, 1))
     dice: float = knob(0.0, "adds this times 1 - Dice to the loss; 1 where few pixels are foreground", (0, 100))
     size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most are smaller", (16, 4096))
@@ -184,9 +184,9 @@ def learn(c, net, folder, criterion, device, out, rank, world):
             for _ in tqdm(range(done, steps), f"epoch {epoch}", leave=False, disable=rank > 0 or None):
                 image, truth = (x.to(device, non_blocking=True) for x in next(loader))
                 pixels = processes.sum_over_processes((truth != VOID).sum())
-                draw, progress = Random(f"{c.seed} {schedule.last_epoch}"), schedule.last_epoch / schedule.total_steps
-                n = draw.choices([*odds], odds.values())[0] if drawn else c.passes
-                n = n if c.teach != "grow" or draw.random() < progress else 1
+                n = Random(f"{c.seed} {schedule.last_epoch}").choices([*odds], odds.values())[0] if drawn else c.passes
+                if c.teach == "late" and 3 * schedule.last_epoch < 2 * schedule.total_steps:
+                    n = 1
                 with autocast(device):
                     masks = learner(image, n)  # logits of the drawn pass n alone, or of all N
                     loss = criterion(masks, truth, c.alpha, pixels)  # that term of eq. (7), or all of it
