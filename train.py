@@ -50,7 +50,7 @@ class Config:
     width: int = knob(8, "channels at level 0", (1, 1024))
     hidden: int = knob(16, "channels of the hidden state", (1, 1024))
     passes: int = knob(3, "N, how often the network sees each photo", (1, 1000))
-    teach: str = knob("one", "a step teaches one drawn pass or all (rec-*: always all)", choices=["one", "all", "late"])
+    teach: str = knob("one", "a step teaches one drawn pass or all (rec-*: always all)", choices=["one", "all"])
     alpha: float = knob(0.4, "alpha**(N - t) is how often pass t is drawn, or with --teach all its weight", (1e-6, 1))
     dice: float = knob(0.0, "adds this times 1 - Dice to the loss; 1 where few pixels are foreground", (0, 100))
     size: int = knob(0, "short side of the photos in pixels; 0: 128, or less where most are smaller", (16, 4096))
@@ -135,7 +135,7 @@ def learn(c, net, folder, criterion, device, out, rank, world):
     if c.start:
         start_from(net, c.start, network, folder)
     net = for_device(net, device)
-    drawn = c.teach != "all" and hasattr(net, "step")
+    drawn = c.teach == "one" and hasattr(net, "step")
     learner = processes.share(Graphed(LastPass(net) if drawn else net), c.batch)
     odds = {n: c.alpha ** (c.passes - n) for n in range(1, c.passes + 1)}  # of pass n, as eq. (7) weighs it
     # On small sets the weights of single steps swing by ten points of validation IoU; their running mean does not.
@@ -185,8 +185,6 @@ def learn(c, net, folder, criterion, device, out, rank, world):
                 image, truth = (x.to(device, non_blocking=True) for x in next(loader))
                 pixels = processes.sum_over_processes((truth != VOID).sum())
                 n = Random(f"{c.seed} {schedule.last_epoch}").choices([*odds], odds.values())[0] if drawn else c.passes
-                if c.teach == "late" and 3 * schedule.last_epoch < 2 * schedule.total_steps:
-                    n = 1
                 with autocast(device):
                     masks = learner(image, n)  # logits of the drawn pass n alone, or of all N
                     loss = criterion(masks, truth, c.alpha, pixels)  # that term of eq. (7), or all of it

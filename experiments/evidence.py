@@ -38,7 +38,6 @@ BEST = "runs/evidence/{data}_%s_seed_{seed}/best.pt"
 SYSTEMS = {  # sets; seeds; epochs in the same time, as a multiple; crops on DRIVE; more
     "U-Net-G": (DATA, range(3), 1.5, SMALL, dict(model="unet-g")),
     "DRU(4)": (DATA, range(3), 1, LARGE, {}),
-    "DRU(4), passes 2 and 3 late": (["roads", "hgr", "DRIVE"], [0], 1.3, LARGE, dict(teach="late")),
     "DRU(4), one pass first": (DATA, [0], 0.5, LARGE, dict(lr=2e-3, start=BEST % "DRU_4_one_pass")),
     "U-Net-G, 5 x steps": (["DRIVE"], [0], 7.5, SMALL, dict(model="unet-g")),
     "SRU(0)": (["roads"], [0], 0.5, SMALL, dict(model="sru", level=0)),

@@ -123,48 +123,35 @@ def finding_table():
     lines = [[title, parameters_of(system, "long.csv"), ms.get(bench, ""),
               *(spread(scores_of(data, system, 3, "long.csv")) for data in NAMED)]
              for title, (system, bench) in systems.items()]  # fmt: skip
-    lines.append(["DRU(4) above the U-Net, points", "", "", *(lead_of(data, "DRU(4)", "U-Net-G") for data in NAMED)])
+    for title, system in ("the U-Net", "U-Net-G"), ("its three views", "U-Net-G, three views"):
+        lines.append([f"points above {title}", "", "", *(lead_of(data, "DRU(4)", system) for data in NAMED)])
     return markdown(["", "parameters", "ms a frame, CPU", *NAMED.values()], lines)
 
 
-def long_table():
-    """The systems that have three seeds on every set: the last pass, and how far DRU(4) is above them."""
-    lead = lambda data, system: lead_of(data, "DRU(4)", system) if system != "DRU(4)" else ""
-    lines = [[system, parameters_of(system, "long.csv"), *(cell for data in NAMED for cell in (
-              spread(scores_of(data, system, 3, "long.csv")), lead(data, system)))]
-             for system in systems_of_long_runs(True)]  # fmt: skip
-    heads = [head for name in NAMED.values() for head in (name, "DRU(4) above it, points")]
-    return markdown(["", "parameters", *heads], lines)
-
-
 def seed_table():
-    """The others, mostly with one seed, and how far they are above U-Net-G or, the recurrent ones, above DRU(4)."""
-    lines = []
-    for system in ["U-Net-G", "DRU(4)", *systems_of_long_runs(False)]:
+    """All long runs but those, most with one seed: how far they are above U-Net-G or, recurrent ones, above DRU(4)."""
+    systems, lines = dict.fromkeys(row["system"] for row in read_rows("long.csv")), []
+    views = lambda data, system: scores_of(data, f"{system}, eight views", 3, "long.csv")
+    for system in sorted(systems, key=lambda name: (name[0] != "U", name[0], "," in name)):
+        if system.endswith("views"):
+            continue
         base, line = "U-Net-G" if system.startswith("U-Net") else "DRU(4)", [system, parameters_of(system, "long.csv")]
         for data in NAMED:
             seeds = "0" if system == base else "".join(row["seed"] for row in runs_of(data, system, "long.csv"))
             named = f", seed {seeds}" * (seeds != "0")
             lead = lead_of(data, system, base, seeds).replace(", one seed", named) if seeds and system != base else ""
             found = scores_of(data, system, 3, "long.csv")[: len(seeds)]
-            line += [spread(found).removesuffix(" (one seed)") if seeds else "", lead]
+            more = "".join(f"; eight views {score:.3f}" for score in views(data, system))
+            line += [spread(found).removesuffix(" (one seed)") + more if seeds else "", lead]
         lines.append(line)
     heads = [head for name in NAMED.values() for head in (name, "points above")]
     return markdown(["seed 0", "parameters", *heads], lines)
 
 
-def systems_of_long_runs(everywhere):
-    """Those that have three seeds on every set, or the others; the plain U-Net's kin first."""
-    systems = sorted(dict.fromkeys(row["system"] for row in read_rows("long.csv")), key=lambda name: name[0] != "U")
-    seeds = lambda name: min(len(runs_of(data, name, "long.csv")) for data in NAMED)
-    return [name for name in systems if (seeds(name) == 3) == everywhere]
-
-
 def short_table():
-    systems = {system: (system, 3) for system in SHORT}
-    systems |= {"DRU(4), one drawn pass": ("one drawn, 2 x steps", 3), "DRU(4), one pass": ("N = 1", 1)}
-    lines = [[title, parameters_of(system), *(spread(scores_of(data, system, passes)) for data in NAMED)]
-             for title, (system, passes) in systems.items()]  # fmt: skip
+    systems = {system: system for system in SHORT} | {"DRU(4), one drawn pass": "one drawn, 2 x steps"}
+    lines = [[title, parameters_of(system), *(spread(scores_of(data, system)) for data in NAMED)]
+             for title, system in systems.items()]  # fmt: skip
     return markdown(["", "parameters", *NAMED.values()], lines)
 
 
@@ -180,7 +167,6 @@ def diagnosis_table():
 def changes_table():
     systems = {
         "nothing": "DRU(4)", **{f"level l = {level}": f"l = {level}" for level in (3, 2, 1)}, "level l = 0": "DRU(0)",
-        "16 channels at level 0, not 8": "width 16", "128 channels in the state, not 16": "hidden 128",
         "a ReLU at the end of the gate networks": "gates end in ReLU",
         "no norm in the decoder": "no norm in the decoder",
         "a candidate of e and r * h, not of r * e": "candidate of e and r * h",
@@ -260,7 +246,7 @@ def traffic_table():
     return "\n".join(["```text", *(read_result("traffic.txt") or ["awaited"]), "```"])
 
 
-MAKERS = (finding_table, long_table, seed_table, short_table, diagnosis_table, changes_table, rare_table, systems_table,
+MAKERS = (finding_table, seed_table, short_table, diagnosis_table, changes_table, rare_table, systems_table,
           infer_table, train_table, video_table, traffic_table)  # fmt: skip
 MAKE = {maker.__name__.removesuffix("_table"): maker for maker in MAKERS}
 

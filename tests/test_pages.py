@@ -17,7 +17,7 @@ from conftest import HERE, NO_GPU, run
 PAGES = {"README.md": 130, "tutorial.md": 560, "paper/README.md": 90, "experiments/README.md": 250,
          "weights/README.md": 60}  # the most lines
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-ROOMS = {".": 1738, "support": 871, "paper": 660, "experiments": 1637, "tests": 3197}  # the most lines of code
+ROOMS = {".": 1738, "support": 871, "paper": 660, "experiments": 1648, "tests": 3197}  # the most lines of code
 TEXT = {name: (HERE / name).read_text(encoding="utf-8") for name in PAGES if (HERE / name).exists()}
 FILES = [file.relative_to(HERE) for room in ROOMS for file in (HERE / room).glob("*.py")]
 FILES = [file for file in FILES if len(file.parts) > 1 or f"`{file}`" in TEXT["README.md"]]  # no reader's own
