@@ -125,7 +125,7 @@ def finding_table():
              for title, (system, bench) in systems.items()]  # fmt: skip
     for title, system in ("the U-Net", "U-Net-G"), ("its three views", "U-Net-G, three views"):
         lines.append([f"points above {title}", "", "", *(lead_of(data, "DRU(4)", system) for data in NAMED)])
-    return markdown(["", "parameters", "ms a frame, CPU", *NAMED.values()], lines)
+    return markdown(["", "parameters", "ms at 230x306, CPU", *NAMED.values()], lines)
 
 
 def seed_table():
