@@ -124,7 +124,7 @@ def finding_table():
               *(spread(scores_of(data, system, 3, "long.csv")) for data in NAMED)]
              for title, (system, bench) in systems.items()]  # fmt: skip
     for title, system in ("the U-Net", "U-Net-G"), ("its three views", "U-Net-G, three views"):
-        lines.append([f"points above {title}", "", "", *(lead_of(data, "DRU(4)", system) for data in NAMED)])
+        lines.append([f"DRU(4)'s points above {title}", "", "", *(lead_of(data, "DRU(4)", system) for data in NAMED)])
     return markdown(["", "parameters", "ms at 230x306, CPU", *NAMED.values()], lines)
 
 
