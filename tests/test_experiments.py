@@ -172,6 +172,7 @@ def test_a_lead_and_its_interval_are_those_of_a_bootstrap(tmp_path, monkeypatch)
         (tmp_path / "long.csv").write_text("\n".join([HEAD, *rows]))
         low, high = sorted(ends)
         assert tables.lead_of("roads", "A", "B") == f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}{more})"
+    assert tables.lead_of("roads", "A", "B", "1").startswith(f"{100 * (iou(c) - iou(d)):+.1f} (")  # of that seed alone
     names = "0_A_hgr2B_id10_1 1_A_hgr2B_id10_2 0_A_hgr1_id10_1"
     (tmp_path / "splits.csv").write_text(f"data,split,names\nhgr,train,x\nhgr,test,{names}\nroads,test,y")
     assert tables.units_of("hgr", 3) == [[0, 1], [2]] and tables.units_of("DRIVE", 2) == [[0], [1]]
@@ -179,8 +180,7 @@ def test_a_lead_and_its_interval_are_those_of_a_bootstrap(tmp_path, monkeypatch)
 
 def test_evidence_commands_are_what_runs(monkeypatch):
     runs = list(evidence.all_runs())
-    rows = [row for row in tables.read_rows("long.csv") if row["data"] in evidence.DATA]  # roads had others before
-    done = {(row["data"], row["system"], row["seed"]) for row in rows}
+    done = {(r["data"], r["system"], r["seed"]) for r in tables.read_rows("long.csv") if r["data"] in evidence.DATA}
     assert len({r.key for r in runs}) == len(runs) == len({r.config.out for r in runs}) == 5 * 3 * 3 + 3 * 3 + 13
     views = {(data, "U-Net-G, three views", s) for data in evidence.DATA for s in "012"}
     longer = {(r.data, f"{r.system}, eight views", str(r.seed)) for r in runs if r.system.endswith(" x steps")}
